@@ -1,0 +1,66 @@
+"""Batch: the tokens of one step, flat, as every layer sees them.
+
+Shapes: T tokens, B sequences, n = longest n-gram of any attached memory (1 without memory).
+
+    sequences   | a a a a | b | c c |          T = 7, B = 3
+    query_start   0         4   5     7        B + 1
+    positions     0 1 2 3   9   4 5            place of the token in its own sequence
+    context_len   4         10  6              tokens of the sequence up to and including this step's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from server.view import MemoryView
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's tokens. Tensors live on the model's device, NumPy arrays on the host.
+
+    token_ids[T], positions[T], slots[T]   int64 tensors; slot = block · block_size + offset, where K, V and the
+                                           short convolution's inputs of this token are stored
+    block_table[B, ·]                      int64 tensor, padded with block 0
+    query_start[B + 1], context_len[B]     host
+    views, view_of[T]                      the distinct memory views of this step, and each token's index into them
+    windows[T, n]                          raw ids; column s is the s-th predecessor by position in the sequence
+    blocked[T, n]                          True before the sequence's start, or where a token takes part in no n-gram
+    sample_at                              int64 tensor: the rows of the flat batch whose logits are wanted
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_table: Tensor
+    query_start: Ints
+    context_len: Ints
+    views: tuple[MemoryView, ...]
+    view_of: Ints
+    windows: Ints
+    blocked: Bools
+    sample_at: Tensor
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_len)
+
+    @property
+    def sequence_of(self) -> Ints:
+        """[T] index of the sequence each token belongs to."""
+        return np.repeat(np.arange(self.num_sequences), np.diff(self.query_start))

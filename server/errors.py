@@ -1,0 +1,110 @@
+"""Every error the project raises on purpose, as one tree.
+
+    EngramError                     one line for people: what is wrong, the value, the limit, the flag to turn
+    ├── SettingsError               a flag, environment variable or command line          exit 2
+    ├── ModelError                  a backbone that cannot be loaded                      exit 3
+    │   ├── UnknownModel            the name leads nowhere
+    │   ├── UnsupportedModel        readable, but an architecture or type we do not serve
+    │   └── BrokenModel             truncated, inconsistent, not what it says it is
+    ├── PackError                   a memory pack that cannot be opened or attached       exit 4
+    │   └── TableError              its table file: truncated, foreign, replaced
+    ├── CapacityError               it does not fit; the message names the value that would  exit 5
+    ├── RequestError                the client's request                                  HTTP 400
+    │   ├── UnknownModelName        a model name this server does not serve               HTTP 404
+    │   ├── BodyTooLarge            above the body limit                                  HTTP 413
+    │   ├── Unauthorized            no key, or a wrong one                                HTTP 401
+    │   └── QueueFull               above the queue's bound                               HTTP 429
+    ├── NotReady                    loading, draining, or the engine is gone              HTTP 503
+    └── StepFailed                  the engine failed while computing this request        HTTP 500
+
+Exit codes and HTTP statuses stand on the classes: the CLI and the API read them, nobody maps them again.
+"""
+
+from __future__ import annotations
+
+
+class EngramError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is one line for people."""
+
+    exit_code: int = 1
+    status: int = 500
+    kind: str = "InternalServerError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.param)
+
+
+def _rebuild(cls: type[EngramError], message: str, param: str | None) -> EngramError:
+    return cls(message, param=param)
+
+
+class SettingsError(EngramError):
+    exit_code = 2
+
+
+class ModelError(EngramError):
+    exit_code = 3
+
+
+class UnknownModel(ModelError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class BrokenModel(ModelError):
+    pass
+
+
+class PackError(EngramError):
+    exit_code = 4
+
+
+class TableError(PackError):
+    pass
+
+
+class CapacityError(EngramError):
+    exit_code = 5
+
+
+class RequestError(EngramError):
+    status = 400
+    kind = "BadRequestError"
+
+
+class UnknownModelName(RequestError):
+    status = 404
+    kind = "NotFoundError"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    kind = "RequestEntityTooLargeError"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    kind = "AuthenticationError"
+
+
+class QueueFull(RequestError):
+    status = 429
+    kind = "RateLimitError"
+
+
+class NotReady(EngramError):
+    status = 503
+    kind = "ServiceUnavailableError"
+
+
+class StepFailed(EngramError):
+    status = 500
+    kind = "InternalServerError"

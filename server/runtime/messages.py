@@ -1,0 +1,156 @@
+"""What crosses the pipe between the API process and the engine process: frozen dataclasses, token ids, no text.
+
+    API ──▶ engine   Submit, Abort, UpdateMemory, Drain
+    engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Stop *strings* are matched by the API process, which then aborts the sequence.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 switch their filter off. `logprobs` None: none; 0: the sampled
+    token's only; k: the k most likely besides. `seed` None: the engine draws one. `prompt_logprobs` scores the
+    prompt (echo with logprobs); it skips prefix hits.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """One prompt. With n > 1 the engine computes the prompt once and forks; child i samples with seed + i.
+
+    `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
+    `arrival` is time.monotonic() at the API's edge.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    packs: tuple[str, ...] = ()
+    salt: bytes = b""
+    n: int = 1
+    arrival: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop these (request id, child index) sequences; index None: all of the request's."""
+
+    targets: tuple[tuple[str, int | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Refuse new requests, finish the running ones, then exit; after `seconds`, abort what is left."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of one token: its own log-probability and the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step brought one sequence: usually one token.
+
+    `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
+    `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
+    output only. `cached_tokens`: prompt tokens served from the prefix cache, on the first output only.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    queued_s: float | None = None
+    prefill_s: float | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCounters:
+    """Running totals of one (table, layer): rows and bytes read, seconds fetching, seconds a layer waited."""
+
+    table: str
+    layer: int
+    rows: int
+    bytes: int
+    fetch_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges now, and totals since the start (`*_total`)."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks: int = 0
+    steps_total: int = 0
+    step_s_total: float = 0.0
+    preemptions_total: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    memory: tuple[MemoryCounters, ...] = ()
+    table_fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    outputs: tuple[TokenOutput, ...]
+    stats: EngineStats
+    step_s: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine is loaded. `models` maps each served name to the packs it reads; the first is the default."""
+
+    models: tuple[tuple[str, tuple[str, ...]], ...]
+    max_model_len: int
+    vocab_size: int
+    report: tuple[tuple[str, str], ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine could not start; `error` is the EngramError to raise on the API's side."""
+
+    error: Exception

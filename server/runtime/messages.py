@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.errors import EngramError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -81,7 +83,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one step brought one sequence: usually one token.
+    """What one step brought one sequence: usually one token. A refused request ends with index -1 and its `error`.
 
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
@@ -94,7 +96,7 @@ class TokenOutput:
     logprobs: tuple[Logprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    error: str | None = None
+    error: EngramError | None = None
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     queued_s: float | None = None
     prefill_s: float | None = None
@@ -153,4 +155,4 @@ class Ready:
 class Failed:
     """The engine could not start; `error` is the EngramError to raise on the API's side."""
 
-    error: Exception
+    error: EngramError

@@ -1,0 +1,127 @@
+"""The dense Llama-family decoder: embed, blocks, norm, head, over a flat batch of tokens.
+
+    hidden[T, H]  ── memory? ──► norm ─ qkv ─ rotary ─ attention ─ out ─(+)─ norm ─ gate·up ─ down ─(+)──► next block
+
+Query, key and value are one matrix, and so are gate and up. It knows nothing of sequences or sampling; attention and
+memory are handed in per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from server.batch import Batch
+from server.models.attention.base import AttentionBackend
+from server.models.config import ModelConfig
+from server.models.layers import Linear, RMSNorm, Rotary
+
+
+class MemoryStep(Protocol):
+    """One step's memory: the rows on their way, and the layers that will read them."""
+
+    layers: frozenset[int]
+
+    def add(self, layer: int, hidden: Tensor) -> Tensor:
+        """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = layer
+        heads = (config.num_heads + config.num_kv_heads, config.head_dim)
+        self.qk_heads, self.qk_size = heads, heads[0] * heads[1]
+        hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
+        qkv_size = self.qk_size + config.num_kv_heads * config.head_dim
+        self.attention_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        self.qkv = Linear(hidden, qkv_size, bias=config.attention_bias, dtype=dtype)
+        self.out = Linear(q_size, hidden, bias=config.attention_bias, dtype=dtype)
+        self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        self.gate_up = Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+        self.down = Linear(config.intermediate_size, hidden, bias=config.mlp_bias, dtype=dtype)
+
+        inner = config.intermediate_size
+        self.parts: dict[str, tuple[nn.Module, slice]] = {
+            "input_layernorm": (self.attention_norm, slice(None)),
+            "self_attn.q_proj": (self.qkv, slice(0, q_size)),
+            "self_attn.k_proj": (self.qkv, slice(q_size, self.qk_size)),
+            "self_attn.v_proj": (self.qkv, slice(self.qk_size, qkv_size)),
+            "self_attn.o_proj": (self.out, slice(None)),
+            "post_attention_layernorm": (self.mlp_norm, slice(None)),
+            "mlp.gate_proj": (self.gate_up, slice(0, inner)),
+            "mlp.up_proj": (self.gate_up, slice(inner, 2 * inner)),
+            "mlp.down_proj": (self.down, slice(None)),
+        }
+
+    def slot(self, path: str) -> Tensor:
+        """The rows of a fused parameter that the Hugging Face tensor `path` ("self_attn.q_proj.weight") fills."""
+        name, kind = path.rsplit(".", 1)
+        module, rows = self.parts[name]
+        parameter: Tensor = getattr(module, kind)
+        return parameter[rows]
+
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, cos_sin: tuple[Tensor, Tensor], attention: AttentionBackend
+    ) -> Tensor:
+        qkv = self.qkv(self.attention_norm(hidden))
+        rotary.rotate_(qkv[:, : self.qk_size].view(-1, *self.qk_heads), *cos_sin)
+        hidden = self.out(attention.forward(qkv, self.layer), residual=hidden)
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), residual=hidden)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embed = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed
+        self.rotary = Rotary(config, max_len, dtype)
+
+    def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
+        """The last hidden states [T, H], normed, of all tokens of the batch."""
+        attention.plan(batch)
+        hidden = F.embedding(batch.token_ids, self.embed)
+        cos_sin = self.rotary.at(batch.positions)
+        for layer, block in enumerate(self.blocks):
+            if memory is not None and layer in memory.layers:
+                hidden = memory.add(layer, hidden)
+            hidden = block(hidden, self.rotary, cos_sin, attention)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] → [N, V] in fp32."""
+        scores: Tensor = self.head(hidden)
+        return scores.float()
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies Hugging Face-named tensors into the fused parameters, one at a time.
+
+        The tensors' names and shapes are already checked (`weights.tensors`).
+        """
+        for name, tensor in tensors:
+            self._slot(name).copy_(tensor)
+
+    def _slot(self, name: str) -> Tensor:
+        if name == "model.embed_tokens.weight":
+            return self.embed
+        if name == "model.norm.weight":
+            return self.norm.weight
+        if name == "lm_head.weight":
+            return self.head.weight
+        _, _, layer, path = name.split(".", 3)
+        block = self.blocks[int(layer)]
+        assert isinstance(block, Block)
+        return block.slot(path)

@@ -1,0 +1,148 @@
+"""The engine's own process: load, say Ready, then read messages and step until told to stop.
+
+    pipe in   Submit, Abort, Drain, None (stop)     read without waiting while there is work
+    pipe out  Ready | Failed, then StepOutputs      one per step; an idle engine sleeps on the pipe
+
+Between steps, when nothing is left to do, the books are checked: a leak is logged with its name, not found weeks later.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from server.errors import EngramError
+from server.runtime.blocks import BlockPool
+from server.runtime.engine import Engine
+from server.runtime.load import Loaded, describe, load
+from server.runtime.messages import Abort, Drain, Failed, Ready, StepOutputs, Submit, TokenOutput
+from server.runtime.runner import Runner
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(settings: Settings, loaded: Loaded) -> Engine:
+    """The engine over a loaded model."""
+    runner = Runner(
+        loaded.model,
+        loaded.attention,
+        None,
+        max_num_seqs=settings.max_num_seqs,
+        max_len=loaded.max_len,
+        block_size=settings.block_size,
+        device=loaded.device,
+    )
+    pool = BlockPool(loaded.kv.blocks, settings.block_size, prefix_cache=settings.prefix_cache == "on")
+    return Engine(
+        runner,
+        pool,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=loaded.max_len,
+        vocab_size=loaded.source.config.vocab_size,
+        eos_ids=loaded.source.config.eos_token_ids,
+        max_waiting=settings.max_waiting,
+    )
+
+
+def ready_message(settings: Settings, loaded: Loaded) -> Ready:
+    name = settings.served_model_name or loaded.source.name
+    return Ready(
+        models=((name, ()),),
+        max_model_len=loaded.max_len,
+        vocab_size=loaded.source.config.vocab_size,
+        report=tuple(describe(loaded, settings)),
+    )
+
+
+class EngineLoop:
+    """Messages in, steps, messages out, over one end of a pipe."""
+
+    def __init__(self, engine: Engine, pipe: Connection) -> None:
+        self.engine, self.pipe = engine, pipe
+        self.deadline: float | None = None
+        self.stopped = False
+
+    def run(self) -> None:
+        """Until told to stop, drained, or the other side is gone."""
+        try:
+            while not self.stopped:
+                self._receive()
+                if not self.stopped and not self.engine.idle:
+                    self.pipe.send(self.engine.step())
+                self._drain()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            logger.info("the API process is gone; the engine ends")
+
+    def _receive(self) -> None:
+        timeout = 0.0
+        if self.engine.idle:
+            self.engine.scheduler.check()
+            timeout = 0.0 if self.deadline is not None else 3600.0
+        while not self.stopped and self.pipe.poll(timeout):
+            self._handle(self.pipe.recv())
+            timeout = 0.0
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Submit():
+                try:
+                    self.engine.submit(message)
+                except EngramError as error:
+                    self._send_outputs([refusal(message, error)])
+            case Abort(targets):
+                for request_id, index in targets:
+                    self.engine.abort(request_id, index)
+                if self.engine.idle:
+                    self._send_outputs([])
+            case Drain(seconds):
+                self.engine.draining = True
+                self.deadline = time.monotonic() + seconds
+            case None:
+                self.stopped = True
+
+    def _drain(self) -> None:
+        if self.deadline is None:
+            return
+        if self.engine.idle:
+            self.stopped = True
+        elif time.monotonic() > self.deadline:
+            left = self.engine.scheduler.sequences()
+            for sequence in left:
+                self.engine.abort(sequence.request_id, sequence.index)
+            self._send_outputs([TokenOutput(s.request_id, s.index, (), finish_reason="abort") for s in left])
+
+    def _send_outputs(self, outputs: list[TokenOutput]) -> None:
+        self.pipe.send(StepOutputs(tuple(outputs), self.engine.stats()))
+
+
+def refusal(request: Submit, error: EngramError) -> TokenOutput:
+    """All children of a refused request end with the error; the API answers with its status."""
+    return TokenOutput(request.request_id, -1, (), finish_reason="error", error=error)
+
+
+def engine_main(settings: Settings, pipe: Connection) -> None:
+    """Entry point of the spawned process. Never raises: what goes wrong while loading is sent as Failed."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    try:
+        loaded = load(settings)
+        engine = build_engine(settings, loaded)
+        message: Ready | Failed = ready_message(settings, loaded)
+    except EngramError as error:
+        message = Failed(error)
+    except Exception as error:
+        logger.exception("the engine could not start")
+        message = Failed(EngramError(f"the engine could not start: {type(error).__name__}: {error}"))
+    pipe.send(message)
+    if isinstance(message, Ready):
+        EngineLoop(engine, pipe).run()
+    pipe.close()
+

@@ -1,0 +1,122 @@
+"""The runner: turns the scheduler's work into a batch, runs the model, samples.
+
+Each step: read ids, windows and slots from the token table; let the memories begin fetching; run the decoder; take
+logits only where a token is wanted; sample. Knows tensors; nothing of queues, budgets or clients.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.batch import Batch
+from server.models.attention.base import AttentionBackend
+from server.models.decoder import Decoder, MemoryStep
+from server.runtime.messages import Logprobs
+from server.runtime.sampler import Sampled, describe, sample
+from server.runtime.scheduler import Work
+from server.runtime.sequence import Sequence
+from server.runtime.token_table import TokenTable
+
+SCORING_SLICE = 64  # prompt rows whose logits are held at once: 64 · V · 4 bytes
+
+
+class Memories(Protocol):
+    """The packs attached to the model."""
+
+    window: int
+
+    def begin(self, batch: Batch) -> MemoryStep | None:
+        """Addresses the batch's rows and starts fetching them; None if no token of the batch reads any."""
+
+    def step_done(self, step: MemoryStep) -> None:
+        """The forward pass has read all rows of `step`; its buffers are free."""
+
+
+class Runner:
+    def __init__(
+        self,
+        model: Decoder,
+        attention: AttentionBackend,
+        memories: Memories | None,
+        *,
+        max_num_seqs: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.attention, self.memories, self.device = model, attention, memories, device
+        self.block_size = block_size
+        self.table = TokenTable(max_num_seqs, max_len, block_size, memories.window if memories else 1)
+
+    @torch.inference_mode()
+    def run(self, works: list[Work]) -> list[tuple[Sequence, Sampled]]:
+        """Computes the works' tokens; returns the next token of each sequence that reached its end."""
+        batch = self.batch(works)
+        step = self.memories.begin(batch) if self.memories else None
+        hidden = self.model(batch, self.attention, step)
+        if step is not None and self.memories is not None:
+            self.memories.step_done(step)
+        self._score_prompts(works, batch, hidden)
+        sequences = [work.sequence for work in works if work.completes]
+        if not sequences:
+            return []
+        logits = self.model.logits(hidden[batch.sample_at])
+        return list(zip(sequences, sample(logits, sequences), strict=True))
+
+    def batch(self, works: list[Work]) -> Batch:
+        """The flat batch of `works`, in their order."""
+        for work in works:
+            self.table.sync_blocks(work.sequence)
+        starts = np.array([work.start for work in works], np.int64)
+        counts = np.array([work.tokens for work in works], np.int64)
+        rows = np.array([work.sequence.row for work in works], np.int64)
+        query_start = np.zeros(len(works) + 1, np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+        rows_of = np.repeat(rows, counts)
+        windows, blocked = self.table.windows(rows_of, positions)
+        context = starts + counts
+        pages = -(-int(context.max()) // self.block_size)
+        views = {work.sequence.view: None for work in works}
+        order = {view: i for i, view in enumerate(views)}
+        view_of = np.repeat([order[work.sequence.view] for work in works], counts)
+        sample_at = [int(end) - 1 for work, end in zip(works, query_start[1:], strict=True) if work.completes]
+        return Batch(
+            token_ids=self._tensor(np.ascontiguousarray(windows[:, 0])),
+            positions=self._tensor(positions),
+            slots=self._tensor(self.table.slots(rows_of, positions)),
+            block_table=self._tensor(self.table.blocks[rows, :pages]),
+            query_start=query_start,
+            context_len=context,
+            views=tuple(views),
+            view_of=view_of,
+            windows=windows,
+            blocked=blocked,
+            sample_at=torch.tensor(sample_at, dtype=torch.int64, device=self.device),
+            block_size=self.block_size,
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _score_prompts(self, works: list[Work], batch: Batch, hidden: Tensor) -> None:
+        """Appends the log-probabilities of prompt tokens to sequences that asked to have their prompt scored."""
+        for work, first in zip(works, batch.query_start.tolist(), strict=False):
+            sequence = work.sequence
+            scored = sequence.prompt_logprobs
+            if not sequence.params.prompt_logprobs or work.start + 1 < len(scored):
+                continue
+            if not scored:
+                scored.append(None)
+            count = min(work.start + work.tokens, sequence.prompt_len - 1) - work.start
+            for at in range(0, count, SCORING_SLICE):
+                stop = min(at + SCORING_SLICE, count)
+                logits = self.model.logits(hidden[first + at : first + stop])
+                targets = sequence.tokens[work.start + at + 1 : work.start + stop + 1].tolist()
+                tops = [sequence.params.logprobs or 0] * len(targets)
+                rows: list[Logprobs] = describe(torch.log_softmax(logits, dim=-1), targets, tops)
+                scored.extend(rows)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from server.batch import Batch
 from server.models.attention.base import AttentionBackend
 from server.models.config import ModelConfig
-from server.models.layers import Linear, RMSNorm, Rotary
+from server.models.layers import Linear, RMSNorm, Rotary, interleave
 
 
 class MemoryStep(Protocol):
@@ -65,11 +65,9 @@ class Block(nn.Module):
         parameter: Tensor = getattr(module, kind)
         return parameter[rows]
 
-    def forward(
-        self, hidden: Tensor, rotary: Rotary, cos_sin: tuple[Tensor, Tensor], attention: AttentionBackend
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Tensor, attention: AttentionBackend) -> Tensor:
         qkv = self.qkv(self.attention_norm(hidden))
-        rotary.rotate_(qkv[:, : self.qk_size].view(-1, *self.qk_heads), *cos_sin)
+        Rotary.rotate_(qkv[:, : self.qk_size].view(-1, *self.qk_heads), rotation)
         hidden = self.out(attention.forward(qkv, self.layer), residual=hidden)
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up), residual=hidden)
@@ -87,17 +85,17 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.head.weight = self.embed
-        self.rotary = Rotary(config, max_len, dtype)
+        self.rotary = Rotary(config, max_len)
 
     def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
         """The last hidden states [T, H], normed, of all tokens of the batch."""
         attention.plan(batch)
         hidden = F.embedding(batch.token_ids, self.embed)
-        cos_sin = self.rotary.at(batch.positions)
+        rotation = self.rotary.at(batch.positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
-            hidden = block(hidden, self.rotary, cos_sin, attention)
+            hidden = block(hidden, rotation, attention)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -112,6 +110,8 @@ class Decoder(nn.Module):
         The tensors' names and shapes are already checked (`weights.tensors`).
         """
         for name, tensor in tensors:
+            if ".q_proj." in name or ".k_proj." in name:
+                tensor = interleave(tensor, self.config.head_dim)
             self._slot(name).copy_(tensor)
 
     def _slot(self, name: str) -> Tensor:

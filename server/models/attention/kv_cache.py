@@ -19,6 +19,9 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+Pages = Tensor | slice
+
+
 class KVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -35,7 +38,16 @@ class KVCache:
         cache = self.layers[layer]
         cache.view(-1, cache.shape[-1]).index_copy_(0, slots, kv)
 
-    def gather(self, layer: int, blocks: Tensor) -> Tensor:
-        """The tokens of blocks[N], in order: [N · block_size, 2 · Hk · D], a copy."""
+    def read(self, layer: int, blocks: Pages) -> Tensor:
+        """The tokens of `blocks`, in order: [N · block_size, 2 · Hk · D]. A view where the blocks are neighbours."""
         cache = self.layers[layer]
-        return cache.index_select(0, blocks).view(-1, cache.shape[-1])
+        taken = cache[blocks] if isinstance(blocks, slice) else cache.index_select(0, blocks)
+        return taken.view(-1, cache.shape[-1])
+
+
+def pages(blocks: Tensor) -> Pages:
+    """blocks[N] as a slice if they are neighbours in ascending order, so that reading them copies nothing."""
+    ids = blocks.tolist()
+    if ids == list(range(ids[0], ids[0] + len(ids))):
+        return slice(ids[0], ids[0] + len(ids))
+    return blocks

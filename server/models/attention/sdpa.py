@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.batch import Batch
 from server.models.attention.base import AttentionBackend
-from server.models.attention.kv_cache import KVCache
+from server.models.attention.kv_cache import KVCache, Pages, pages
 from server.models.config import ModelConfig
 
 # Padded decode copies every sequence's keys to the longest length; a loop copies only what is there but calls the
@@ -26,11 +26,11 @@ LOOP_ABOVE_TOKENS_PER_SEQUENCE = 512
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Decode sequences attended by one call: rows [start, stop) of the batch, pages[B · N], mask[B, 1, 1, N · bs]."""
+    """Decode sequences attended by one call: rows [start, stop) of the batch, B · N pages, mask[B, 1, 1, N · bs]."""
 
     start: int
     stop: int
-    pages: Tensor
+    pages: Pages
     mask: Tensor
 
 
@@ -41,7 +41,7 @@ class Chunk:
     start: int
     stop: int
     context: int
-    pages: Tensor | None
+    pages: Pages | None
     mask: Tensor | None
 
 
@@ -49,7 +49,7 @@ class SdpaBackend(AttentionBackend):
     name = "sdpa"
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
-        self.cache = cache
+        self.cache, self.dtype = cache, cache.layers[0].dtype
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -79,22 +79,29 @@ class SdpaBackend(AttentionBackend):
     def _group(self, batch: Batch, start: int, stop: int) -> DecodeGroup:
         lengths = torch.from_numpy(batch.context_len[start:stop])
         pages_each = -(-int(lengths.max()) // batch.block_size)
-        mask = torch.arange(pages_each * batch.block_size) < lengths[:, None]
-        pages = batch.block_table[start:stop, :pages_each].reshape(-1)
-        return DecodeGroup(start, stop, pages, mask[:, None, None, :].to(pages.device))
+        seen = torch.arange(pages_each * batch.block_size) < lengths[:, None]
+        taken = pages(batch.block_table[start:stop, :pages_each].reshape(-1))
+        return DecodeGroup(start, stop, taken, self._additive(seen[:, None, None, :]))
 
     def _chunk(self, batch: Batch, b: int, start: int, stop: int, context: int) -> Chunk:
         tokens = stop - start
         if tokens == context:
             return Chunk(start, stop, context, None, None)
-        pages = batch.block_table[b, : -(-context // batch.block_size)]
+        taken = pages(batch.block_table[b, : -(-context // batch.block_size)])
         first = context - tokens
-        mask = torch.arange(context) <= torch.arange(first, context)[:, None]
-        return Chunk(start, stop, context, pages, mask.to(pages.device))
+        seen = torch.arange(context) <= torch.arange(first, context)[:, None]
+        return Chunk(start, stop, context, taken, self._additive(seen))
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        """0 where seen, -inf elsewhere: once per step, instead of once per layer inside the kernel."""
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+        return mask.to(self.cache.layers[0].device)
 
     def forward(self, qkv: Tensor, layer: int) -> Tensor:
         kv = qkv[:, self.q_size :]
         self.cache.write(layer, self.slots, kv)
+        if len(self.groups) == 1 and not self.chunks:
+            return self._decode(qkv, layer, self.groups[0])
         out = qkv.new_empty(qkv.shape[0], self.q_size)
         for group in self.groups:
             out[group.start : group.stop] = self._decode(qkv[group.start : group.stop], layer, group)
@@ -104,7 +111,7 @@ class SdpaBackend(AttentionBackend):
 
     def _decode(self, qkv: Tensor, layer: int, group: DecodeGroup) -> Tensor:
         batch = qkv.shape[0]
-        kv = self.cache.gather(layer, group.pages).view(batch, -1, 2, self.num_kv_heads, self.head_dim)
+        kv = self.cache.read(layer, group.pages).view(batch, -1, 2, self.num_kv_heads, self.head_dim)
         key, value = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
         query = qkv[:, : self.q_size].reshape(batch, self.num_kv_heads, -1, self.head_dim)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
@@ -112,7 +119,7 @@ class SdpaBackend(AttentionBackend):
 
     def _prefill(self, qkv: Tensor, layer: int, chunk: Chunk) -> Tensor:
         tokens = qkv.shape[0]
-        kv = qkv[:, self.q_size :] if chunk.pages is None else self.cache.gather(layer, chunk.pages)[: chunk.context]
+        kv = qkv[:, self.q_size :] if chunk.pages is None else self.cache.read(layer, chunk.pages)[: chunk.context]
         kv = kv.reshape(kv.shape[0], 2, self.num_kv_heads, self.head_dim)
         key, value = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
         query = qkv[:, : self.q_size].reshape(tokens, self.num_heads, self.head_dim).transpose(0, 1)

@@ -1,0 +1,32 @@
+"""Real text for experiments: this installation's own licences and module sources, tokenised.
+
+A small model's own greedy text repeats itself; forced tokens of real text keep prompts, windows and hit rates honest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import server
+from server.models.tokenizer import Tokenizer
+
+
+def corpus() -> str:
+    """A few hundred kilobytes of English and code that every installation has: Python's own documentation strings."""
+    root = Path(server.__file__).parent
+    own = "\n".join(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py")))
+    import email
+    import json
+    import typing
+
+    standard = [Path(module.__file__).read_text(encoding="utf-8") for module in (typing, email, json) if module.__file__]
+    return own + "\n".join(standard)
+
+
+def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[tuple[int, ...]]:
+    """`count` distinct pieces of the corpus, `length` tokens each. Raises ValueError if the corpus is too short."""
+    ids = tokenizer.encode(corpus())
+    if len(ids) < count * length:
+        raise ValueError(f"the corpus has {len(ids)} tokens and {count} pieces of {length} were wanted")
+    stride = len(ids) // count
+    return [tuple(ids[i * stride : i * stride + length]) for i in range(count)]

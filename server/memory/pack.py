@@ -1,0 +1,109 @@
+"""Pack: a memory on disk, apart from its backbone, as an adapter is.
+
+    PACK/
+      config.json            what it is: addressing constants, shapes, the backbone it was made for
+      modules.safetensors    projections, norms, convolution: `layers.<l>.<name>`
+      table-<l>.safetensors  one table per layer, read in place
+      README.md              for people
+
+The stored form is the contract: `format_version` 1 keeps loading. Everything that decides an address is stored and
+checked against what the tokenizer and the seeds give: a table read at wrong addresses is silently wrong, so it is
+refused loudly. Source of the addressing constants: arXiv 2601.07372 and its released demo.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.errors import PackError
+
+FORMAT_VERSION = 1
+CONFIG, MODULES = "config.json", "modules.safetensors"
+
+
+def table_file(layer: int) -> str:
+    return f"table-{layer}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PackConfig:
+    """config.json of an Engram pack. Field names of the addressing are those of the released demo."""
+
+    layer_ids: tuple[int, ...]
+    max_ngram_size: int
+    n_head_per_ngram: int
+    engram_vocab_size: tuple[int, ...]  # base rows per head, one per order
+    head_dim: int
+    pad_id: int
+    seed: int
+    hidden_size: int
+    vocab_size: int
+    compressed_vocab_size: int
+    compression_sha256: str
+    multipliers: dict[str, list[int]]
+    primes: dict[str, list[list[int]]]
+    backbone: dict[str, Any]  # name, fingerprint, num_layers
+    row_type: str = "bfloat16"
+    kernel_size: int = 4
+    norm_eps: float = 1e-6
+    branches: int = 1
+    trained_steps: int = 0
+    kind: str = "engram"
+    format_version: int = FORMAT_VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def row_width(self) -> int:
+        """Values a token reads per layer: orders · heads · head_dim."""
+        return (self.max_ngram_size - 1) * self.n_head_per_ngram * self.head_dim
+
+    @classmethod
+    def read(cls, folder: Path) -> PackConfig:
+        """Raises PackError naming the folder and what is wrong with it."""
+        path = folder / CONFIG
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
+        except ValueError as error:
+            raise PackError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(content, dict) or "format_version" not in content:
+            raise PackError(f"{path} has no format_version; it is not a memory pack's")
+        if content["format_version"] != FORMAT_VERSION or content.get("kind") != "engram":
+            raise PackError(
+                f"{path} is kind {content.get('kind')!r}, format {content['format_version']}; this server reads "
+                f"kind 'engram', format {FORMAT_VERSION}"
+            )
+        known = set(cls.__dataclass_fields__)
+        missing = {name for name in known if name not in content} - OPTIONAL
+        if missing:
+            raise PackError(f"{path} lacks {', '.join(sorted(missing))}")
+        values = {name: content[name] for name in known & content.keys()}
+        values["layer_ids"] = tuple(values["layer_ids"])
+        values["engram_vocab_size"] = tuple(values["engram_vocab_size"])
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        content = json.dumps(asdict(self), indent=2) + "\n"
+        (folder / CONFIG).write_text(content, encoding="utf-8")
+
+    def check_backbone(self, *, hidden_size: int, num_layers: int, vocab_size: int, sha256: str, compressed: int) -> None:
+        """Raises PackError, with both values, unless the pack fits this backbone and tokenizer."""
+        pairs = [
+            ("hidden size", self.hidden_size, hidden_size),
+            ("vocabulary", self.vocab_size, vocab_size),
+            ("compressed vocabulary", self.compressed_vocab_size, compressed),
+            ("compression map SHA-256", self.compression_sha256, sha256),
+        ]
+        for what, mine, theirs in pairs:
+            if mine != theirs:
+                raise PackError(f"the pack was made for a {what} of {mine} and the model has {theirs}")
+        for layer in self.layer_ids:
+            if not 0 <= layer < num_layers:
+                raise PackError(f"the pack reads at layer {layer} and the model has layers 0..{num_layers - 1}")
+
+
+OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "trained_steps", "extra"}

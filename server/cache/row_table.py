@@ -1,0 +1,233 @@
+"""RowTable: fixed-stride rows in safetensors files, read in place. No conversion, no second copy.
+
+    ids[N] ──▶ check files (one stat each) ──▶ check range ──▶ per column: copy N runs of bytes ──▶ raw[N, R]
+
+read="mmap"    the files are mapped; a warm row costs a memory copy. A file cut short *during* a copy ends the process
+               (SIGBUS); one cut, replaced or rewritten before it is noticed and refused.
+read="pread"   one system call per row and column; slower warm, but survives truncated and failing files.
+
+Shapes: N rows asked for, R bytes a row (values, then scales, then padding: `row_types`). Opening reads headers only
+and costs the same for any size. Knows ids, never tokens or layers. Why np.take: it copies whole rows without the
+interpreter lock, and mode="clip" keeps it from buffering `out`; the range is therefore checked first.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from server.cache.layouts import Layout, Region, find_layout, read_header, safetensors_files
+from server.cache.row_types import Bytes, RowType
+from server.errors import TableError
+
+Ids = npt.NDArray[np.int64]
+ReadMode = Literal["mmap", "pread"]
+PAGE = mmap.PAGESIZE
+
+
+class Table(Protocol):
+    """What the prefetcher needs of a table."""
+
+    name: str
+    rows: int
+    dim: int
+    row_type: RowType
+    row_bytes: int
+    fault: str | None
+
+    def gather(self, ids: Ids, out: Bytes) -> None:
+        """Copies rows ids[N] into out uint8[N, R], C-contiguous. Raises TableError; `out` is then not to be used."""
+
+    def page_in(self, ids: Ids) -> int:
+        """Asks the OS for the pages these rows stand on, without waiting for them; returns how many distinct pages."""
+
+
+class TableFile:
+    """One open file and what it looked like when opened."""
+
+    def __init__(self, path: Path, read: ReadMode) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.seen = os.fstat(self.fd)
+        self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        if self.map is not None:
+            self.map.madvise(mmap.MADV_RANDOM)
+
+    def change(self) -> str | None:
+        """What is no longer as it was when opened; None if nothing. One system call."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            return f"cannot be found any more: {error.strerror}"
+        seen = self.seen
+        if (now.st_ino, now.st_dev) != (seen.st_ino, seen.st_dev):
+            return "was replaced by another file"
+        if now.st_size != seen.st_size:
+            return f"changed size from {seen.st_size} to {now.st_size} bytes"
+        if now.st_mtime_ns != seen.st_mtime_ns:
+            return "was written to"
+        return None
+
+    def close(self) -> None:
+        """The descriptor only: a mapping goes when the last view of it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Column:
+    """One run of `width` bytes per row, spread over regions that hold the rows in order."""
+
+    def __init__(self, regions: Sequence[Region], files: dict[Path, TableFile]) -> None:
+        self.width = regions[0].stride
+        self.files = [files[region.path] for region in regions]
+        self.offsets = [region.offset for region in regions]
+        self.first_rows = np.cumsum([0] + [region.rows for region in regions])
+        self.views = [_view(file, region) for file, region in zip(self.files, regions, strict=True)]
+
+    def split(self, ids: Ids) -> list[tuple[int, Ids | slice, Ids]]:
+        """(region, where in `ids`, ids within the region) for each region that holds some of them."""
+        if len(self.files) == 1:
+            return [(0, slice(None), ids)]
+        region_of = np.searchsorted(self.first_rows, ids, side="right") - 1
+        parts: list[tuple[int, Ids | slice, Ids]] = []
+        for region in np.unique(region_of).tolist():
+            where = np.flatnonzero(region_of == region)
+            parts.append((region, where, ids[where] - self.first_rows[region]))
+        return parts
+
+    def read(self, ids: Ids, out: Bytes) -> None:
+        """Rows ids[N] → out[N, width], of any row stride."""
+        for region, where, local in self.split(ids):
+            view = self.views[region]
+            if view is None:
+                self._pread(region, where, local, out)
+            elif isinstance(where, slice) and out.flags.c_contiguous:
+                np.take(view, local, axis=0, out=out, mode="clip")
+            else:
+                out[where] = np.take(view, local, axis=0, mode="clip")
+
+    def _pread(self, region: int, where: Ids | slice, local: Ids, out: Bytes) -> None:
+        file, offsets = self.files[region], self.offsets[region] + local * self.width
+        rows = range(len(local)) if isinstance(where, slice) else where.tolist()
+        for row, offset in zip(rows, offsets.tolist(), strict=True):
+            try:
+                got = os.preadv(file.fd, [out[row].data], offset)
+            except OSError as error:
+                raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
+            if got != self.width:
+                raise TableError(f"{file.path} ends within a row: {got} of {self.width} bytes at byte {offset}")
+
+    def pages(self, ids: Ids) -> list[tuple[TableFile, Ids]]:
+        """The distinct page numbers rows ids[N] stand on, ascending, per file region."""
+        found = []
+        for region, _, local in self.split(ids):
+            start = self.offsets[region] + local * self.width
+            first, last = start // PAGE, (start + self.width - 1) // PAGE
+            spans = [first + i for i in range(int((last - first).max(initial=0)) + 1)]
+            pages = np.unique(np.concatenate([np.minimum(span, last) for span in spans]))
+            found.append((self.files[region], pages))
+        return found
+
+
+class RowTable:
+    """A table opened in place. Attributes: name, rows, dim, row_type, row_bytes, nbytes (of all rows), files, fault.
+
+    `fault` names what happened to a file; once set, every gather raises it: the rows are no longer to be trusted.
+    Safe to read from several threads.
+    """
+
+    def __init__(self, name: str, layout: Layout, read: ReadMode) -> None:
+        self.name, self.layout, self.read = name, layout, read
+        self.rows, self.dim, self.row_type = layout.rows, layout.dim, layout.row_type
+        self.row_bytes = layout.row_bytes
+        self.nbytes = self.rows * self.row_bytes
+        self.fault: str | None = None
+        opened = {path: TableFile(path, read) for path in layout.paths}
+        self.files = tuple(opened.values())
+        self._columns = [Column(regions, opened) for regions in layout.columns]
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str | Sequence[Path | str],
+        *,
+        tensor: str = "table",
+        name: str | None = None,
+        read: ReadMode = "mmap",
+    ) -> RowTable:
+        """Opens the table `tensor` in a file, a folder of *.safetensors, or the files listed.
+
+        Raises TableError if a file is no safetensors file, is not as long as its header says, or holds no such table.
+        """
+        paths = safetensors_files(path)
+        layout = find_layout([read_header(file) for file in paths], tensor)
+        return cls(name if name is not None else paths[0].stem, layout, read)
+
+    def gather(self, ids: Ids, out: Bytes) -> None:
+        """Rows ids[N] → out uint8[N, R], C-contiguous. Raises TableError if an id is no row, or a file has changed."""
+        self.check()
+        if not len(ids):
+            return
+        if ids.view(np.uint64).max() >= self.rows:  # negative ids are huge here
+            raise TableError(f"table {self.name} has rows 0..{self.rows - 1}; asked for {_outlier(ids, self.rows)}")
+        if out.shape != (len(ids), self.row_bytes):
+            raise ValueError(f"out is {out.shape}; {len(ids)} rows of {self.name} need {(len(ids), self.row_bytes)}")
+        try:
+            at = 0
+            for column in self._columns:
+                column.read(ids, out if len(self._columns) == 1 else out[:, at : at + column.width])
+                at += column.width
+        except TableError as error:
+            self.fault = error.message
+            raise
+
+    def check(self) -> None:
+        """Raises TableError if a file is not what it was when opened, and from then on always."""
+        if self.fault is None:
+            for file in self.files:
+                change = file.change()
+                if change:
+                    self.fault = f"table file {file.path} {change} while in use; restart the server to read it anew"
+                    break
+        if self.fault is not None:
+            raise TableError(self.fault)
+
+    def page_in(self, ids: Ids) -> int:
+        """Asks the OS for the distinct pages of rows ids[N], runs of neighbours at once; returns how many pages.
+
+        The calls only queue reads (and block when the disk's queue is full), each without the interpreter lock.
+        """
+        total = 0
+        for column in self._columns:
+            for file, pages in column.pages(ids):
+                total += len(pages)
+                starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+                lengths = np.diff(starts, append=len(pages)) * PAGE
+                for offset, length in zip((pages[starts] * PAGE).tolist(), lengths.tolist(), strict=True):
+                    os.posix_fadvise(file.fd, offset, length, os.POSIX_FADV_WILLNEED)
+        return total
+
+    def close(self) -> None:
+        self.fault = self.fault or f"table {self.name} is closed"
+        self._columns.clear()
+        for file in self.files:
+            file.close()
+
+
+def _view(file: TableFile, region: Region) -> Bytes | None:
+    """[rows, stride] bytes of the mapping; None where the file is not mapped."""
+    if file.map is None:
+        return None
+    flat = np.frombuffer(file.map, np.uint8, region.rows * region.stride, region.offset)
+    return flat.reshape(region.rows, region.stride)
+
+
+def _outlier(ids: Ids, rows: int) -> int:
+    return int(ids[(ids < 0) | (ids >= rows)][0])

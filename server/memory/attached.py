@@ -19,8 +19,8 @@ from server.cache.row_table import RowTable
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
 from server.memory.compression import compression_map, map_sha256
-from server.memory.engram import ConvSlots, Engram, EngramShape
-from server.memory.pack import MODULES, PackConfig, table_file
+from server.memory.engram import ConvSlots, Engram
+from server.memory.pack import MODULES, PackConfig, engram_shape, table_file
 
 
 class AttachedPack:
@@ -92,17 +92,6 @@ def open_table(folder: Path, layer: int, config: PackConfig, addresser: Addresse
             f"{expected} rows of {config.head_dim}"
         )
     return table
-
-
-def engram_shape(config: PackConfig) -> EngramShape:
-    return EngramShape(
-        config.hidden_size,
-        config.row_width,
-        config.branches,
-        config.kernel_size,
-        config.max_ngram_size,
-        config.norm_eps,
-    )
 
 
 def load_modules(folder: Path, config: PackConfig, dtype: torch.dtype, device: torch.device) -> dict[int, Engram]:

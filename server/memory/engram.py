@@ -127,13 +127,17 @@ class ConvRead:
     inside: list[Tensor]
 
     @classmethod
-    def of(cls, batch: Batch, kernel_size: int, dilation: int) -> ConvRead:
+    def of(cls, batch: Batch, kernel_size: int, dilation: int, tokens: Tensor | None = None) -> ConvRead:
+        """For the batch's tokens, or for those at the indices `tokens` only."""
         sequence = torch.from_numpy(batch.sequence_of).to(batch.slots.device)
+        own, at = batch.slots, batch.positions
+        if tokens is not None:
+            sequence, own, at = sequence[tokens], own[tokens], at[tokens]
         taps, inside = [], []
         for tap in range(kernel_size):
-            positions = batch.positions - (kernel_size - 1 - tap) * dilation
+            positions = at - (kernel_size - 1 - tap) * dilation
             clamped = positions.clamp_min(0)
             blocks = batch.block_table[sequence, clamped // batch.block_size]
             taps.append(blocks * batch.block_size + clamped % batch.block_size)
             inside.append((positions >= 0).float())
-        return cls(batch.slots, taps, inside)
+        return cls(own, taps, inside)

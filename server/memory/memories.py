@@ -10,16 +10,18 @@ as it was before any of them. Knows views and addresses; nothing of where rows l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.batch import Batch, Ints
+from server.batch import Batch, Bools, Ints
 from server.cache.prefetcher import Fetch, Lookup, Prefetcher
 from server.memory.attached import AttachedPack
 from server.memory.engram import ConvRead
+from server.view import MemoryView
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Memories:
     def __init__(self, packs: Sequence[AttachedPack], prefetcher: Prefetcher) -> None:
         self.packs, self.prefetcher = tuple(packs), prefetcher
         self.window = max((pack.addresser.n for pack in packs), default=1)
+        self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
     def begin(self, batch: Batch) -> MemoryStep | None:
         """Queues the fetches of all layers and returns; None if no token of the batch sees a memory."""
@@ -81,16 +84,50 @@ class Memories:
         planned.sort(key=lambda plan: plan[0])
         fetches = self.prefetcher.begin([plan[2] for plan in planned])
         step = MemoryStep()
-        conv_reads: dict[tuple[int, int, bool], ConvRead] = {}
+        shared: dict[str, tuple[Tensor | None, ConvRead]] = {}  # the layers of a pack read the same tokens
         for (layer, pack, _, tokens), fetch in zip(planned, fetches, strict=True):
-            index = None if tokens is None else torch.from_numpy(tokens).to(batch.slots.device)
-            conv = conv_reads.get(pack.conv_key) if tokens is None else None
-            if conv is None:
+            if pack.name not in shared:
+                index = None if tokens is None else torch.from_numpy(tokens).to(batch.slots.device)
                 conv = ConvRead.of(batch, pack.shape.kernel_size, pack.shape.dilation, index)
-                if tokens is None:
-                    conv_reads[pack.conv_key] = conv
-            step.readings.setdefault(layer, []).append(Reading(pack, layer, fetch, index, conv))
+                shared[pack.name] = index, conv
+            step.readings.setdefault(layer, []).append(Reading(pack, layer, fetch, *shared[pack.name]))
         return step
+
+    def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
+        """Starts fetching the rows of tokens that the next step will read, if every one of them sees a pack.
+
+        windows[T, n], blocked[T, n] of the tokens just sampled, and their views. What turns out not to be asked for
+        is dropped by the prefetcher.
+        """
+        planned: list[Lookup] = []
+        for pack in self.packs:
+            if all(pack.name in view.names for view in views):
+                addresses = pack.address(sequences_windows, blocked)
+                planned += [Lookup(pack.tables[layer], layer, *address) for layer, address in addresses.items()]
+        self.prefetcher.hint(sorted(planned, key=lambda lookup: lookup.layer))
+
+    def page_in(self, windows: Ints, blocked: Bools, view: MemoryView) -> None:
+        """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
+        for pack in self.packs:
+            if pack.name in view.names:
+                self._pager.submit(ask_for_pages, pack, windows, blocked)
+
+    def faults(self) -> dict[str, str]:
+        """Packs whose table file was changed, cut or failed while serving, with what happened."""
+        broken = {pack.name: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
+        return {name: faults[0] for name, faults in broken.items() if faults}
+
+    def close(self) -> None:
+        self._pager.shutdown(cancel_futures=True)
+        self.prefetcher.close()
+        for pack in self.packs:
+            for table in pack.tables.values():
+                table.close()
+
+
+def ask_for_pages(pack: AttachedPack, windows: Ints, blocked: Bools) -> None:
+    for layer, (row_ids, _) in pack.address(windows, blocked).items():
+        pack.tables[layer].page_in(np.unique(row_ids))
 
 
 def tokens_that_see(batch: Batch, name: str) -> Ints | None:

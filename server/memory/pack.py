@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import PackError
+from server.memory.engram import EngramShape
 
 FORMAT_VERSION = 1
 CONFIG, MODULES = "config.json", "modules.safetensors"
@@ -59,6 +60,12 @@ class PackConfig:
     def row_width(self) -> int:
         """Values a token reads per layer: orders · heads · head_dim."""
         return (self.max_ngram_size - 1) * self.n_head_per_ngram * self.head_dim
+
+    def addressing(self) -> dict[str, Any]:
+        """The part that decides addresses, in the demo's field names, for `addressing.from_config`."""
+        names = ("layer_ids", "max_ngram_size", "n_head_per_ngram", "engram_vocab_size", "pad_id", "seed")
+        constants = ("compressed_vocab_size", "multipliers", "primes")
+        return {name: getattr(self, name) for name in (*names, *constants)}
 
     @classmethod
     def read(cls, folder: Path) -> PackConfig:
@@ -107,3 +114,14 @@ class PackConfig:
 
 
 OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "trained_steps", "extra"}
+
+
+def engram_shape(config: PackConfig) -> EngramShape:
+    return EngramShape(
+        config.hidden_size,
+        config.row_width,
+        config.branches,
+        config.kernel_size,
+        config.max_ngram_size,
+        config.norm_eps,
+    )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from dataclasses import astuple
 
-from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed
+from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.runtime.blocks import BlockPool
-from server.runtime.messages import EngineStats, FinishReason, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
 from server.runtime.runner import Runner
 from server.runtime.sampler import Sampled
 from server.runtime.scheduler import Scheduler, Work
@@ -72,6 +73,7 @@ class Engine:
             for index in range(request.n)
         ]
         family[0].children = family[1:]
+        self.runner.page_in(family[0])
         self.scheduler.add(family[0])
         self._requests[request.request_id] = family
 
@@ -99,7 +101,7 @@ class Engine:
         return StepOutputs(tuple(outputs), self.stats(), elapsed, sum(work.tokens for work in works))
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
+        scheduler, memories = self.scheduler, self.runner.memories
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + sum(len(s.children) for s in scheduler.running),
@@ -110,6 +112,8 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
+            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.prefetcher.counters()) if memories else (),
+            table_fault=next(iter(memories.faults().values()), None) if memories else None,
         )
 
     @property
@@ -140,6 +144,10 @@ class Engine:
         for name in request.packs:
             if name not in self.packs:
                 raise RequestError(f"no memory {name!r} is attached; there are {sorted(self.packs)}", param="memory")
+        faults = self.runner.memories.faults() if self.runner.memories is not None and request.packs else {}
+        for name in request.packs:
+            if name in faults:
+                raise StepFailed(f"memory {name!r} cannot be read: {faults[name]}")
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is already in use")
 
@@ -186,11 +194,19 @@ class Engine:
         )
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:
-        """Ends the sequences that the failed step was computing. Their blocks hold nothing that others could find."""
+        """Ends the sequences that the failed step was computing; of a broken table's, only those that read it.
+
+        Nothing of the step counts as computed: blocks hold nothing that others could find, and whoever goes on
+        computes the same tokens again.
+        """
         if not isinstance(error, EngramError):
             logger.exception("a step failed")
         cause = error if isinstance(error, EngramError) else StepFailed(f"the step failed: {error}")
         failed = [work.sequence for work in works]
+        if isinstance(error, TableError) and self.runner.memories is not None:
+            broken = self.runner.memories.faults().keys()
+            reading = [sequence for sequence in failed if sequence.view.names & broken]
+            failed = reading or failed
         for sequence in failed:
             self._end(sequence, "error")
         return [TokenOutput(s.request_id, s.index, (), finish_reason="error", error=cause) for s in failed]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from server.cache.prefetcher import Prefetcher
+from server.cache.staging import max_tokens
 from server.errors import CapacityError, SettingsError
+from server.memory.attached import AttachedPack, open_pack
+from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
@@ -31,6 +36,8 @@ class Loaded:
     max_len: int
     device: torch.device
     dtype: torch.dtype
+    memories: Memories | None
+    token_budget: int
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -81,18 +88,50 @@ def load(settings: Settings) -> Loaded:
     device = choose_device(settings)
     dtype = choose_dtype(settings, source, device)
     max_len = context_limit(settings, source)
+    packs = open_packs(settings, source, dtype, device)
     model = build_model(source, dtype, device, max_len)
-    kv = plan_kv(
-        settings, block_bytes=settings.block_size * kv_bytes_per_token(source.config, dtype), max_len=max_len
-    )
+    token_bytes = kv_bytes_per_token(source.config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
+    kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len)
     try:
         cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
+        for pack in packs:
+            pack.allocate_conv(kv.blocks * settings.block_size, device)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(
             f"no room for {kv.blocks * kv.block_bytes} bytes of KV cache; set --kv-bytes lower"
         ) from error
     attention = SdpaBackend(source.config, cache)
-    return Loaded(source, model, attention, kv, max_len, device, dtype)
+    memories, budget = None, settings.max_num_batched_tokens
+    if packs:
+        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on"))
+        lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
+        budget = min(budget, max_tokens(settings.staging, lookups, dtype))
+    return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)
+
+
+def open_packs(
+    settings: Settings, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> list[AttachedPack]:
+    """The packs of --memory, each PATH or NAME=PATH. Raises PackError; before any weight is loaded."""
+    packs: list[AttachedPack] = []
+    for spec in settings.memory:
+        given, separator, path = spec.rpartition("=")
+        folder = Path(path)
+        name = given if separator else folder.resolve().name
+        if name in {pack.name for pack in packs}:
+            raise SettingsError(f"--memory names {name!r} twice; give one of them another name: --memory OTHER={path}")
+        pack = open_pack(
+            folder,
+            name=name,
+            tokenizer=source.tokenizer.backend,
+            hidden_size=source.config.hidden_size,
+            num_layers=source.config.num_layers,
+            vocab_size=source.config.vocab_size,
+            dtype=dtype,
+            device=device,
+        )
+        packs.append(pack)
+    return packs
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -123,5 +162,26 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
             f"= {tokens:,} tokens ({kv.reason})",
         ),
         ("context", f"{loaded.max_len:,} tokens, {settings.max_num_seqs} sequences at once"),
+        *describe_memory(loaded, settings),
     ]
+
+
+def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
+    if loaded.memories is None:
+        return [("memory", "none; attach one with --memory PACK")]
+    lines = []
+    for pack in loaded.memories.packs:
+        rows = sum(table.rows for table in pack.tables.values())
+        size = sum(table.nbytes for table in pack.tables.values())
+        layers = ", ".join(map(str, pack.config.layer_ids))
+        lines.append(
+            (
+                f"memory {pack.name}",
+                f"Engram at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
+                f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
+            )
+        )
+    if loaded.token_budget < settings.max_num_batched_tokens:
+        lines.append(("token budget", f"{loaded.token_budget} per step, lowered so that rows fit --staging"))
+    return lines
 

@@ -31,7 +31,7 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
     runner = Runner(
         loaded.model,
         loaded.attention,
-        None,
+        loaded.memories,
         max_num_seqs=settings.max_num_seqs,
         max_len=loaded.max_len,
         block_size=settings.block_size,
@@ -42,18 +42,21 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
         runner,
         pool,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=loaded.token_budget,
         max_model_len=loaded.max_len,
         vocab_size=loaded.source.config.vocab_size,
         eos_ids=loaded.source.config.eos_token_ids,
         max_waiting=settings.max_waiting,
+        packs={pack.name: pack.fingerprint for pack in loaded.memories.packs} if loaded.memories else None,
     )
 
 
 def ready_message(settings: Settings, loaded: Loaded) -> Ready:
     name = settings.served_model_name or loaded.source.name
+    packs = tuple(pack.name for pack in loaded.memories.packs) if loaded.memories else ()
+    models = (("+".join((name, *packs)), packs), (name, ())) if packs else ((name, ()),)
     return Ready(
-        models=((name, ()),),
+        models=models,
         max_model_len=loaded.max_len,
         vocab_size=loaded.source.config.vocab_size,
         report=tuple(describe(loaded, settings)),

@@ -6,15 +6,15 @@ logits only where a token is wanted; sample. Knows tensors; nothing of queues, b
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from server.batch import Batch
 from server.models.attention.base import AttentionBackend
-from server.models.decoder import Decoder, MemoryStep
+from server.memory.addressing import windows_of
+from server.memory.memories import Memories
+from server.models.decoder import Decoder
 from server.runtime.messages import Logprobs
 from server.runtime.sampler import Sampled, describe, sample
 from server.runtime.scheduler import Work
@@ -22,18 +22,6 @@ from server.runtime.sequence import Sequence
 from server.runtime.token_table import TokenTable
 
 SCORING_SLICE = 64  # prompt rows whose logits are held at once: 64 · V · 4 bytes
-
-
-class Memories(Protocol):
-    """The packs attached to the model."""
-
-    window: int
-
-    def begin(self, batch: Batch) -> MemoryStep | None:
-        """Addresses the batch's rows and starts fetching them; None if no token of the batch reads any."""
-
-    def step_done(self, step: MemoryStep) -> None:
-        """The forward pass has read all rows of `step`; its buffers are free."""
 
 
 class Runner:
@@ -58,14 +46,29 @@ class Runner:
         batch = self.batch(works)
         step = self.memories.begin(batch) if self.memories else None
         hidden = self.model(batch, self.attention, step)
-        if step is not None and self.memories is not None:
-            self.memories.step_done(step)
         self._score_prompts(works, batch, hidden)
         sequences = [work.sequence for work in works if work.completes]
         if not sequences:
             return []
         logits = self.model.logits(hidden[batch.sample_at])
-        return list(zip(sequences, sample(logits, sequences), strict=True))
+        sampled = list(zip(sequences, sample(logits, sequences), strict=True))
+        if step is not None:
+            self._hint(sampled)
+        return sampled
+
+    def _hint(self, sampled: list[tuple[Sequence, Sampled]]) -> None:
+        """As soon as the tokens exist, their rows are on their way: before they are even appended."""
+        assert self.memories is not None
+        rows = np.array([sequence.row for sequence, _ in sampled])
+        positions = np.array([sequence.length for sequence, _ in sampled])
+        self.table.tokens[rows, self.table.pad + positions] = [token.token_id for _, token in sampled]
+        self.memories.hint(*self.table.windows(rows, positions), [sequence.view for sequence, _ in sampled])
+
+    def page_in(self, sequence: Sequence) -> None:
+        """The rows of a prompt that begins to wait: the OS reads their pages meanwhile."""
+        if self.memories is not None and sequence.view.packs:
+            windows, blocked = windows_of(sequence.tokens[: sequence.length], self.memories.window)
+            self.memories.page_in(windows, blocked, sequence.view)
 
     def batch(self, works: list[Work]) -> Batch:
         """The flat batch of `works`, in their order."""

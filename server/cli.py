@@ -1,0 +1,192 @@
+"""The command line. A verb's module is imported only when the verb is called, so `--help` answers at once.
+
+`serve`'s flags are the fields of `server.settings.Settings`; nothing about them is written here. What goes wrong on
+purpose (an EngramError) becomes one line on stderr and the error's own exit code. Knows no verb's work.
+"""
+
+from __future__ import annotations
+
+import sys
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server import __version__
+from server.errors import EngramError, SettingsError
+from server.settings import DEFAULT_MODEL, FIELDS, flag, resolve
+
+app = typer.Typer(
+    name="engram-server",
+    help="Serve language models that look things up instead of computing them.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(
+    name="bench", help="Measure this machine; every experiment alternates its arms.", no_args_is_help=True
+)
+app.add_typer(bench)
+
+ModelArgument = Annotated[str, typer.Argument(help=FIELDS["model"].metadata["help"])]
+SIZES = (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10))
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+
+
+@app.callback()
+def program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="print the version and exit")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def serve(config: Path | None = None, **flags: object) -> None:
+    """Serve a model over the OpenAI API.
+
+    Every flag is a variable too: --max-num-seqs is ENGRAM_MAX_NUM_SEQS.
+
+    It is also a key of the YAML file that --config names: max-num-seqs.
+
+    Flags win over variables, variables over the file. Sizes may be written 512M or 2GiB.
+    """
+    settings = resolve(flags, config)
+    from server.api.serve import run
+
+    run(settings)
+
+
+def serve_signature() -> Signature:
+    """`serve`'s parameters, one per setting; all default to None, "not given", so that a variable or file may speak."""
+    config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings", rich_help_panel="config")]
+    annotations: dict[str, Any] = {"config": config, **{name: option(name) for name in FIELDS}}
+    return Signature(
+        [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in annotations.items()]
+    )
+
+
+def option(name: str) -> Any:
+    """A setting as a typer option. Its value arrives as text; `settings.typed` reads it and words the error."""
+    default, metadata, spelling = FIELDS[name].default, FIELDS[name].metadata, flag(name)
+    kind: Any = str | None
+    if isinstance(default, bool):
+        kind, spelling = bool | None, f"{spelling}/--no-{spelling[2:]}"
+    elif isinstance(default, tuple):
+        kind = list[str] | None
+    shown = default_text(name)
+    return Annotated[
+        kind,
+        typer.Option(
+            spelling,
+            help=metadata["help"] + (f" (default {shown})" if shown else ""),
+            metavar=value_text(name),
+            show_default=False,
+            rich_help_panel=metadata["group"],
+        ),
+    ]
+
+
+def default_text(name: str) -> str:
+    """A setting's default as one would type it; "" for none."""
+    default: Any = FIELDS[name].default
+    if FIELDS[name].metadata["size"] and default:
+        return next((f"{default // unit}{mark}" for mark, unit in SIZES if default % unit == 0), str(default))
+    return "" if default in ("", ()) or isinstance(default, bool) else str(default)
+
+
+def value_text(name: str) -> str | None:
+    """What a setting's value looks like, for help and documentation; None for a switch."""
+    default, metadata = FIELDS[name].default, FIELDS[name].metadata
+    if isinstance(default, bool):
+        return None
+    if metadata["choices"]:
+        return "|".join(metadata["choices"])
+    if metadata["size"]:
+        return "SIZE"
+    return {int: "INTEGER", float: "SECONDS"}.get(type(default), "TEXT")
+
+
+signature = serve_signature()
+serve.__signature__ = signature  # type: ignore[attr-defined]
+serve.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+app.command()(serve)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist or be empty")],
+) -> None:
+    """Write a model as a plain Hugging Face folder (a GGUF is dequantised)."""
+    from server.commands.convert import convert
+
+    convert(model, out)
+
+
+@app.command()
+def attach(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="folder of the new pack")],
+    layers: Annotated[str, typer.Option(help="layers that read the memory, as 1,15")] = "1,15",
+    rows: Annotated[int, typer.Option(min=1, help="base rows per head and order")] = 20_000,
+    dim: Annotated[int, typer.Option(min=1, help="values per row")] = 64,
+    heads: Annotated[int, typer.Option(min=1, help="heads per order")] = 8,
+    orders: Annotated[str, typer.Option(help="lengths of the n-grams that are looked up, as 2,3")] = "2,3",
+    seed: Annotated[int, typer.Option(min=0, help="of the hash constants and the fresh rows")] = 0,
+    dtype: Annotated[str, typer.Option(help="type of the rows", metavar="bfloat16|float16|float32")] = "bfloat16",
+) -> None:
+    """Make a fresh memory pack for a model: an exact no-op until it is taught."""
+    from server.commands.attach import attach
+
+    chosen = {"layers": numbers("--layers", layers), "orders": numbers("--orders", orders)}
+    attach(model=model, out=out, rows=rows, dim=dim, heads=heads, seed=seed, dtype=dtype, **chosen)
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """(1, 15) from "1,15". Raises SettingsError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"{flag} is {text!r}; write whole numbers with commas between, such as 1,15") from None
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="pack, adapter or checkpoint folder")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only."""
+    from server.commands.inspect import inspect
+
+    inspect(path, json=json)
+
+
+@bench.command()
+def decode(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    steps: Annotated[int, typer.Option(min=8, help="steps of each arm at each concurrency")] = 48,
+    json: JsonFile = None,
+) -> None:
+    """The decode step beside transformers' on the same weights, in turns."""
+    from server.bench.decode import run
+
+    run(model=model, steps=steps, json=json)
+
+
+def main() -> None:
+    """Entry point of `engram-server` and `python -m server`."""
+    try:
+        app(prog_name="engram-server")
+    except EngramError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: unexpected {what}; python -X dev -m server shows where", file=sys.stderr)
+        sys.exit(EngramError.exit_code)

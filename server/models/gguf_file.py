@@ -84,7 +84,7 @@ class GgufFile:
 
     def map(self) -> NDArray[np.uint8]:
         """The file's bytes, mapped; released with the last array that looks into them."""
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))  # a plain array: slices of it cost less
 
     def rows(self, data: NDArray[np.uint8], name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of a tensor, dequantised: fp32[stop - start, last dimension]. `data` is `map()`'s."""

@@ -30,19 +30,26 @@ bench = typer.Typer(
 )
 app.add_typer(bench)
 
+DTYPES = "|".join(FIELDS["dtype"].metadata["choices"])
 ModelArgument = Annotated[str, typer.Argument(help=FIELDS["model"].metadata["help"])]
 SIZES = (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10))
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 
-@app.callback()
-def program(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="print the version and exit")] = False,
-) -> None:
-    if version:
+def print_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 def serve(config: Path | None = None, **flags: object) -> None:
@@ -119,12 +126,14 @@ app.command()(serve)
 @app.command()
 def convert(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="folder to write; must not exist or be empty")],
+    out: Annotated[Path, typer.Option(help="folder to write, new or empty")],
+    dtype: Annotated[str, typer.Option(help="type of the weights; auto: the model's own", metavar=DTYPES)] = "auto",
 ) -> None:
     """Write a model as a plain Hugging Face folder (a GGUF is dequantised)."""
     from server.commands.convert import convert
 
-    convert(model, out)
+    convert(model, out, dtype)
+    typer.echo(f"wrote {out}")
 
 
 @app.command()
@@ -140,10 +149,11 @@ def attach(
     dtype: Annotated[str, typer.Option(help="type of the rows", metavar="bfloat16|float16|float32")] = "bfloat16",
 ) -> None:
     """Make a fresh memory pack for a model: an exact no-op until it is taught."""
+    chosen = {"layers": numbers("--layers", layers), "orders": numbers("--orders", orders)}
     from server.commands.attach import attach
 
-    chosen = {"layers": numbers("--layers", layers), "orders": numbers("--orders", orders)}
     attach(model=model, out=out, rows=rows, dim=dim, heads=heads, seed=seed, dtype=dtype, **chosen)
+    typer.echo(f"wrote {out}")
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -162,7 +172,7 @@ def inspect(
     """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only."""
     from server.commands.inspect import inspect
 
-    inspect(path, json=json)
+    inspect(path=path, json=json)
 
 
 @bench.command()

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from server.runtime.load import build_model
 from server.models.source import open_source
+from server.runtime.load import build_model
 from tests.engines import drive, engine_on, greedy_reference, logits_of
+from tests.tiny import VOCAB, save_tiny_llama
 
 # fp32 sums in another order: 30 layers of SmolLM2 differ by about 1e-4 in logits of magnitude 30.
 TOLERANCE = 1e-3
@@ -43,36 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def saved(folder: Path, overrides: dict[str, Any]) -> LlamaForCausalLM:
-    """A random Llama with `overrides`, saved to `folder` by transformers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 199,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "bos_token_id": None,
-            "eos_token_id": 0,
-            **overrides,
-        }
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.15) if parameter.dim() > 1 else parameter.uniform_(-0.5, 1.5)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_random_llama_saved_by_transformers_matches_it(variant: str, tmp_path: Path) -> None:
-    reference = saved(tmp_path, VARIANTS[variant])
+    reference = save_tiny_llama(tmp_path, **VARIANTS[variant])
     generator = np.random.default_rng(1)
-    prompt = tuple(int(t) for t in generator.integers(1, 199, 150))
+    prompt = tuple(int(t) for t in generator.integers(1, VOCAB, 150))
     engine = engine_on(str(tmp_path), max_num_batched_tokens=37)
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]

@@ -105,11 +105,11 @@ def windows_of(
 class Constants:
     """A rule's numbers as arrays of the kind and on the device of the ids, for L layers.
 
-    multipliers: n of [L, 1]; primes [L, 1, O, heads]; offsets [L, 1, C]; lookup [ids + 1], its last entry the pad.
+    multipliers [n, L, 1]; primes [L, 1, O, heads]; offsets [L, 1, C]; lookup [ids + 1], its last entry the pad.
     """
 
     xp: Any
-    multipliers: tuple[Any, ...]
+    multipliers: Any
     primes: Any
     offsets: Any
     lookup: Any
@@ -128,6 +128,8 @@ class NGramAddresser(Addresser):
         self.compressed_vocab, self.pad, self.boundary = rule.vocab, rule.pad, rule.boundary
         self._lookup = None if rule.mapping is None else np.append(rule.mapping, rule.pad)
         self._outside = rule.pad if rule.mapping is None else len(rule.mapping)  # what a blocked place reads
+        contiguous = self.orders == tuple(range(self.orders[0], self.n + 1))
+        self._planes = slice(self.orders[0] - 1, self.n) if contiguous else [order - 1 for order in self.orders]
         self._constants: dict[tuple[Any, int | None], Constants] = {}
 
     def address(self, windows: Ids, blocked: Any) -> Mapping[int, tuple[Ids, Ids]]:
@@ -157,12 +159,12 @@ class NGramAddresser(Addresser):
         return known if constants.lookup is None else constants.lookup[known]
 
     def _mix(self, windows: Any, blocked: Any, constants: Constants) -> Any:
-        """[L, T, O]."""
+        """[L, T, O]. One plane a look-back: planes[s] becomes the hash of the last s + 1 ids."""
         ids = self._hashed_ids(windows, blocked, constants)
-        mixes = [ids[:, 0] * constants.multipliers[0]]
+        planes = ids.T[:, None] * constants.multipliers
         for place in range(1, self.n):
-            mixes.append(mixes[-1] ^ (ids[:, place] * constants.multipliers[place]))
-        return constants.xp.stack([mixes[order - 1] for order in self.orders], -1)
+            planes[place] ^= planes[place - 1]
+        return planes[self._planes].swapaxes(0, 1).swapaxes(1, 2)
 
     def _rows(self, mix: Any, constants: Constants) -> Any:
         """[L, T, C]. `%` takes the divisor's sign in NumPy and torch alike."""
@@ -190,7 +192,7 @@ class NGramAddresser(Addresser):
         sizes = primes.reshape(len(layers), 1, self.columns)
         return Constants(
             xp=np if device is None else torch,
-            multipliers=tuple(array([[self.multipliers[layer][place]] for layer in layers]) for place in range(self.n)),
+            multipliers=array(list(zip(*(self.multipliers[layer] for layer in layers), strict=True)))[..., None],
             primes=array(primes[:, None]),
             offsets=array(np.cumsum(sizes, axis=-1) - sizes),
             lookup=None if self._lookup is None else array(self._lookup),

@@ -17,13 +17,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from server.cache.row_table import Ids, Table
-from server.cache.staging import HALVES, Half, Slot, Staging, step_bytes
+from server.cache.staging import HALVES, Staging, step_bytes
 from server.errors import CapacityError, NotReady, StepFailed
 
 DECODE_VALUES = 32768  # values per torch call: a larger call would start a second team of compute threads
@@ -78,37 +79,40 @@ class LayerCounters:
 class Fetch:
     """One lookup under way. Its rows may be read until the second `begin` after the one that gave it."""
 
-    def __init__(self, prefetcher: Prefetcher, lookup: Lookup, slot: Slot, step: int) -> None:
-        self.lookup, self.slot, self.step = lookup, slot, step
-        self.issued = time.perf_counter()
-        self.done_at = 0.0
-        self.ready = threading.Event()
+    __slots__ = (
+        "begin", "copied", "counted", "done_at", "dropped", "error", "inverse", "issued", "lookup", "pending",
+        "prefetcher", "rows", "rows_read", "step",
+    )  # fmt: skip
+
+    def __init__(self, prefetcher: Prefetcher, lookup: Lookup, begin: int, step: int, issued: float) -> None:
+        self.prefetcher, self.lookup, self.begin, self.step = prefetcher, lookup, begin, step
+        self.issued = self.done_at = issued
+        self.pending = threading.Lock()  # held until the rows are there; much cheaper to make than an Event
+        self.pending.acquire()
         self.error: Exception | None = None
-        self.dropped = False  # hinted and never joined: not worth reading any more
-        self.counted = False
+        self.dropped = self.counted = False
+        self.rows: Tensor | None = None  # [T · C, D], or [U, D]
         self.rows_read = 0
         self.inverse: Tensor | None = None
         self.copied: torch.cuda.Event | None = None
-        self._prefetcher = prefetcher
 
     def wait(self) -> Tensor:
         """Blocks until the rows are there: [T, C · D] in the model's dtype and on its device.
 
         Raises what the table raised (TableError); NotReady if the prefetcher was closed first.
         """
-        self._prefetcher.wait(self)
+        rows = self.prefetcher.wait(self)
         tokens, columns = self.lookup.row_ids.shape
-        rows = self.slot.rows
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse.view(-1))
         return rows.view(tokens, columns * self.lookup.table.dim)
 
     def wait_unique(self) -> UniqueRows:
         """As `wait`, for a lookup with `dedup`: the distinct rows and the way back to tokens."""
-        self._prefetcher.wait(self)
+        rows = self.prefetcher.wait(self)
         if self.inverse is None:
             raise ValueError("wait_unique() is for lookups with dedup=True")
-        return UniqueRows(self.slot.rows[: self.rows_read], self.inverse)
+        return UniqueRows(rows, self.inverse)
 
 
 class Prefetcher:
@@ -125,7 +129,7 @@ class Prefetcher:
         self._raw = np.empty(0, np.uint8)  # row bytes between gather and decode
         self._lock = threading.Lock()  # closing against queueing
         self._closed = False
-        self._queue: SimpleQueue[Fetch | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Fetch] | None] = SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="prefetcher", daemon=True) if prefetch else None
         if self._worker is not None:
             self._worker.start()
@@ -136,24 +140,17 @@ class Prefetcher:
         Rows given two `begin`s ago are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
+        issued = time.perf_counter()
         self._step += 1
-        self.staging.step_begins(self._step)
+        half = self.staging.step_begins(self._step)
         hints, self._hints = self._hints, []
-        half = self.staging.half(self._step)
-        fetches = self._join(lookups, hints, half)
-        if fetches is None:
+        fetches = self._fetches(lookups, hints, self._step, issued)
+        if fetches is None:  # the hints take the room: do without them
             half.restart()
-            fetches = self._join(lookups, [], half)
-        if fetches is None:
-            needed = step_bytes((lookup.row_ids.size * lookup.table.dim for lookup in lookups), self.staging.dtype)
-            raise CapacityError(
-                f"the rows of a step of {len(lookups[0].row_ids)} tokens need {needed} bytes of staging; "
-                f"--staging gives {HALVES * self.staging.half_bytes}: raise it or lower --max-num-batched-tokens"
-            )
+            fetches = self._fetches(lookups, [], self._step, issued) or self._refuse(lookups)
         for hint in hints:
             hint.dropped = hint not in fetches
-        self.staging.half(self._step + 1).restart()
-        self._put([fetch for fetch in fetches if fetch not in hints])
+        self._put([fetch for fetch in fetches if fetch not in hints] if hints else fetches)
         return fetches
 
     def hint(self, lookups: Sequence[Lookup]) -> None:
@@ -163,32 +160,31 @@ class Prefetcher:
         """
         if self._worker is None:
             return
-        step = self._step + 1
+        issued, step = time.perf_counter(), self._step + 1
         new: list[Fetch] = []
         for lookup in lookups[: MAX_HINTS - len(self._hints)]:
-            slot = self._take(lookup, self.staging.half(step))
-            if slot is not None:
-                new.append(Fetch(self, lookup, slot, step))
+            new += self._fetches([lookup], [], step, issued) or []
         self._hints += new
         self._put(new)
 
-    def wait(self, fetch: Fetch) -> None:
-        """Blocks until `fetch` is ready and counts it; see `Fetch.wait`."""
+    def wait(self, fetch: Fetch) -> Tensor:
+        """Blocks until `fetch` is ready and counts it: its rows, [T · C, D] or [U, D]. See `Fetch.wait`."""
         before = time.perf_counter()
-        if self._worker is None and not fetch.ready.is_set():
+        if self._worker is None and fetch.pending.locked():
             fetch.issued = before
             self._serve(fetch)
-        fetch.ready.wait()
-        stall = time.perf_counter() - before
+        with fetch.pending:
+            stall = time.perf_counter() - before
         if fetch.error is not None:
             raise fetch.error
-        if fetch.step <= self._step - HALVES:
+        if fetch.rows is None or fetch.step <= self._step - HALVES:
             raise StepFailed(f"rows of step {fetch.step} were asked for in step {self._step}: they are overwritten")
         if fetch.copied is not None:
             torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
         if not fetch.counted:
             fetch.counted = True
             self._count(fetch, stall)
+        return fetch.rows
 
     def counters(self) -> tuple[LayerCounters, ...]:
         return tuple(self._counters.values())
@@ -202,37 +198,43 @@ class Prefetcher:
         if self._worker is not None:
             self._worker.join()
 
-    def _join(self, lookups: Sequence[Lookup], hints: Sequence[Fetch], half: Half) -> list[Fetch] | None:
-        """A fetch for every lookup, hinted or new; None if they do not fit."""
+    def _fetches(
+        self, lookups: Sequence[Lookup], hints: Sequence[Fetch], step: int, issued: float
+    ) -> list[Fetch] | None:
+        """For every lookup the hint that asked for the same rows, or a new fetch; None if those find no room."""
+        half, itemsize = self.staging.half(step), self.staging.dtype.itemsize
         fetches = []
         for lookup in lookups:
-            fetch = next((hint for hint in hints if hint.lookup.same_rows(lookup)), None)
+            fetch = next((hint for hint in hints if hint.lookup.same_rows(lookup)), None) if hints else None
             if fetch is None:
-                slot = self._take(lookup, half)
-                if slot is None:
+                begin = half.reserve(lookup.row_ids.size * lookup.table.dim * itemsize)
+                if begin is None:
                     return None
-                fetch = Fetch(self, lookup, slot, self._step)
+                fetch = Fetch(self, lookup, begin, step, issued)
             fetches.append(fetch)
         return fetches
 
-    def _take(self, lookup: Lookup, half: Half) -> Slot | None:
-        return half.take(lookup.row_ids.size, lookup.table.dim, self.staging.dtype)
+    def _refuse(self, lookups: Sequence[Lookup]) -> NoReturn:
+        needed = step_bytes((lookup.row_ids.size * lookup.table.dim for lookup in lookups), self.staging.dtype)
+        raise CapacityError(
+            f"the rows of a step of {len(lookups[0].row_ids)} tokens need {needed} bytes of staging; "
+            f"--staging gives {HALVES * self.staging.half_bytes}: raise it or lower --max-num-batched-tokens"
+        )
 
-    def _put(self, fetches: Sequence[Fetch]) -> None:
+    def _put(self, fetches: list[Fetch]) -> None:
         with self._lock:
             if self._closed:
                 raise NotReady("the prefetcher is closed; the engine is stopping")
-            if self._worker is not None:
-                for fetch in fetches:
-                    self._queue.put(fetch)
+            if self._worker is not None and fetches:
+                self._queue.put(fetches)
 
-    @torch.inference_mode()  # buffers made by an engine in inference mode may be written in it only
     def _work(self) -> None:
-        while (fetch := self._queue.get()) is not None:
-            self._serve(fetch)
+        while (fetches := self._queue.get()) is not None:
+            for fetch in fetches:
+                self._serve(fetch)
 
     def _serve(self, fetch: Fetch) -> None:
-        """Fills the fetch's buffer, or keeps the error for `wait`."""
+        """Reads the fetch's rows, or keeps the error for `wait`."""
         try:
             if self._closed:
                 raise NotReady("the prefetcher was closed before these rows were read")
@@ -241,18 +243,19 @@ class Prefetcher:
         except Exception as error:
             fetch.error = error
         fetch.done_at = time.perf_counter()
-        fetch.ready.set()
+        fetch.pending.release()
 
     def _fill(self, fetch: Fetch) -> None:
-        lookup, slot = fetch.lookup, fetch.slot
+        lookup = fetch.lookup
         ids = np.ascontiguousarray(lookup.row_ids.reshape(-1))
         if lookup.dedup:
             ids, inverse = np.unique(ids, return_inverse=True)
-            fetch.inverse = torch.from_numpy(inverse.reshape(lookup.row_ids.shape)).to(slot.rows.device)
+            fetch.inverse = torch.from_numpy(inverse.reshape(lookup.row_ids.shape)).to(self.staging.device)
         fetch.rows_read = len(ids)
-        self.staging.wait_free(slot)
-        self._read(lookup.table, ids, slot.host[: len(ids)])
-        fetch.copied = self.staging.send(slot, len(ids))
+        half = self.staging.half(fetch.step)
+        host, fetch.rows = self.staging.buffers(half, fetch.begin, len(ids), lookup.table.dim)
+        self._read(lookup.table, ids, host)
+        fetch.copied = self.staging.send(half, host, fetch.rows)
 
     def _read(self, table: Table, ids: Ids, out: Tensor) -> None:
         """Rows ids[N] → out[N, D]: one gather, straight into `out` if nothing is to be decoded."""

@@ -12,7 +12,6 @@ Knows sizes, nothing of tables' contents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,37 +23,26 @@ ALIGNMENT = 64  # a cache line
 HALVES = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """One fetch's buffer [rows, width]: the worker fills `host`, the layer reads `rows`. On CPU they are the same."""
-
-    host: Tensor
-    rows: Tensor
-    half: Half
-
-
 class Half:
     """All buffers of one step. `free`: when the step that last read it ends (CUDA); `copied`: its last copy's end."""
 
-    def __init__(self, host: Tensor, rows: Tensor) -> None:
-        self.host, self.rows = host, rows
+    def __init__(self, host: Tensor, device: Tensor) -> None:
+        self.host, self.device = host, device
         self.free: torch.cuda.Event | None = None
         self.copied: torch.cuda.Event | None = None
-        self._used = 0
+        self._used, self._size = 0, len(host)
 
     def restart(self) -> None:
         """Forgets the buffers given out. One worker fills them in turn, so late writes of old ones do no harm."""
         self._used = 0
 
-    def take(self, rows: int, width: int, dtype: torch.dtype) -> Slot | None:
-        """A buffer [rows, width]; None if it does not fit."""
-        begin, end = self._used, self._used + rows * width * dtype.itemsize
-        if end > len(self.host):
+    def reserve(self, nbytes: int) -> int | None:
+        """Where a buffer of `nbytes` begins; None if it does not fit. No tensor is made: `begin` has to be quick."""
+        begin = self._used
+        if begin + nbytes > self._size:
             return None
-        self._used = aligned(end)
-        host = self.host[begin:end].view(dtype).view(rows, width)
-        device = self.rows[begin:end].view(dtype).view(rows, width) if self.rows.is_cuda else host
-        return Slot(host, device, self)
+        self._used = aligned(begin + nbytes)
+        return begin
 
 
 class Staging:
@@ -64,34 +52,46 @@ class Staging:
         self.dtype, self.device = dtype, device
         self.half_bytes = nbytes // HALVES // ALIGNMENT * ALIGNMENT
         cuda = device.type == "cuda"
-        # Without device="cpu" a default device set elsewhere would put the pinned buffer on the GPU.
-        host = torch.empty(HALVES, self.half_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
-        rows = torch.empty_like(host, device=device) if cuda else host
-        self.halves = [Half(host[i], rows[i]) for i in range(HALVES)]
+        with torch.inference_mode(False):  # else only threads in inference mode could write them
+            # Without device="cpu" a default device set elsewhere would put the pinned buffer on the GPU.
+            host = torch.empty(HALVES, self.half_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
+            on_device = torch.empty_like(host, device=device) if cuda else host
+            self.halves = [Half(host[i], on_device[i]) for i in range(HALVES)]
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
     def half(self, step: int) -> Half:
         return self.halves[step % HALVES]
 
-    def step_begins(self, step: int) -> None:
-        """Called before `step` is issued: the step before it was the last to read the other half."""
+    def step_begins(self, step: int) -> Half:
+        """The half of `step`. The step before it, issued by now, was the last to read the other half: that is free for
+        hints once that step has ended."""
+        other = self.halves[(step + 1) % HALVES]
+        other.restart()
         if self._stream is not None:
-            self.half(step + 1).free = torch.cuda.current_stream(self.device).record_event()
+            other.free = torch.cuda.current_stream(self.device).record_event()
+        return self.halves[step % HALVES]
 
-    def wait_free(self, slot: Slot) -> None:
-        """On the worker, before `slot` is filled."""
-        for event in (slot.half.free, slot.half.copied):
+    def buffers(self, half: Half, begin: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """On the worker: the reserved buffer [rows, width] on the host and on the device, once it may be overwritten.
+
+        On CPU both are the same tensor."""
+        for event in (half.free, half.copied):
             if event is not None:
                 event.synchronize()
+        end = begin + rows * width * self.dtype.itemsize
+        host = half.host[begin:end].view(self.dtype).view(rows, width)
+        if self._stream is None:
+            return host, host
+        return host, half.device[begin:end].view(self.dtype).view(rows, width)
 
-    def send(self, slot: Slot, rows: int) -> torch.cuda.Event | None:
-        """On the worker: starts copying the first `rows` rows to the device. The event of its end; None on CPU."""
+    def send(self, half: Half, host: Tensor, device: Tensor) -> torch.cuda.Event | None:
+        """On the worker: starts copying to the device. The event of the copy's end; None on CPU."""
         if self._stream is None:
             return None
         with torch.cuda.stream(self._stream):
-            slot.rows[:rows].copy_(slot.host[:rows], non_blocking=True)
-            slot.half.copied = self._stream.record_event()
-        return slot.half.copied
+            device.copy_(host, non_blocking=True)
+            half.copied = self._stream.record_event()
+        return half.copied
 
 
 def aligned(nbytes: int) -> int:

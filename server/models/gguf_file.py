@@ -82,6 +82,13 @@ class GgufFile:
                     f"{self.path} is truncated: {name} ends at byte {end} and the file has {self.size}; fetch it again"
                 )
 
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A numeric metadata value, `default` without one. Raises BrokenModel for a value of another type."""
+        value = self.metadata.get(key, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise BrokenModel(f"{self.path} has {key} = {str(value)[:40]!r}; it must be a number")
+        return value
+
     def map(self) -> NDArray[np.uint8]:
         """The file's bytes, mapped; released with the last array that looks into them."""
         return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))  # a plain array: slices of it cost less

@@ -153,12 +153,16 @@ def _special_texts(given: Mapping[str, Any]) -> dict[str, str]:
 def _open_gguf(path: Path, name: str) -> ModelSource:
     gguf = GgufFile(path)
     template = gguf.metadata.get("tokenizer.chat_template")
-    tokens = gguf.metadata.get("tokenizer.ggml.tokens", [])
-    keys = zip(SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
-    ids = {special: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for special, key in keys}
-    specials = {special: tokens[i] for special, i in ids.items() if i is not None and i < len(tokens)}
     config = config_from_gguf(gguf)
-    return ModelSource(name, path, "gguf", config, _default_template(template), specials, gguf)
+    return ModelSource(name, path, "gguf", config, _default_template(template), _gguf_special_texts(gguf), gguf)
+
+
+def _gguf_special_texts(gguf: GgufFile) -> dict[str, str]:
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    texts = dict(enumerate(tokens)) if isinstance(tokens, list) else {}
+    keys = zip(SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
+    ids = {special: gguf.number(f"tokenizer.ggml.{key}_token_id") for special, key in keys}
+    return {special: texts[i] for special, i in ids.items() if i in texts}
 
 
 def config_from_gguf(gguf: GgufFile) -> ModelConfig:
@@ -167,18 +171,18 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"{gguf.path} holds architecture {architecture!r}; supported: {', '.join(FAMILIES)}")
-    if metadata.get("split.count", 1) > 1:
+    if gguf.number("split.count", 1) > 1:
         raise UnsupportedModel(f"{gguf.path} is one part of several; merge them into one file first")
 
     def value(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
 
-    if value("expert_count", 0):
+    if gguf.number(f"{architecture}.expert_count", 0):
         raise UnsupportedModel(f"{gguf.path} is a mixture of experts; supported: dense models")
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise BrokenModel(f"{gguf.path} lacks the tensor token_embd.weight")
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [gguf.number(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     hf = {
         "architectures": [FAMILIES[architecture].hf_class],
         "vocab_size": embedding.shape[0],
@@ -196,7 +200,7 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "eos_token_id": list(dict.fromkeys(token_ids("eos_token_id", [i for i in ends if i is not None]))),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": gguf.number("tokenizer.ggml.bos_token_id"),
         "torch_dtype": {"F32": "float32", "F16": "float16"}.get(embedding.kind.name, "bfloat16"),
     }
     return ModelConfig.from_hf(hf)
@@ -224,7 +228,7 @@ def _llama3_scaling(gguf: GgufFile, architecture: str) -> dict[str, Any]:
     """
     divisors = gguf.rows(gguf.map(), "rope_freqs.weight", 0, 1)[0].astype(np.float64)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
-    theta = gguf.metadata.get(f"{architecture}.rope.freq_base", 10_000.0)
+    theta = gguf.number(f"{architecture}.rope.freq_base", 10_000.0)
     wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
     blend = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     if not np.allclose(divisors, 1 / ((1 - blend) / factor + blend), rtol=1e-4):

@@ -111,11 +111,11 @@ def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tok
     if len(types) != len(tokens):
         raise BrokenModel(f"{path} has {len(tokens)} tokens and {len(types)} token types")
     rules = PRE_TOKENIZERS[pre]
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
         bpe = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.ignore_merges)
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # the library raises plain Exception, and the file's values may be of any type
         raise BrokenModel(f"{path} has merges that do not fit its tokens: {str(error).splitlines()[0]}") from None
     backend = tokenizers.Tokenizer(bpe)
     if rules.normal_form_c:
@@ -126,7 +126,8 @@ def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tok
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == USER_DEFINED])
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", rules.begins_with_bos):
+    begins = metadata.get("tokenizer.ggml.add_bos_token", rules.begins_with_bos)
+    if begins and isinstance(bos, int) and bos < len(tokens):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A $B", special_tokens=[(tokens[bos], bos)]
         )

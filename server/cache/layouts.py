@@ -38,7 +38,7 @@ DTYPE_BYTES = {
 PLAIN_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD = re.compile(r"\.shard_(\d+)\.weight$")
 
-LAYOUT_KEY, ROW_TYPE_KEY, DIM_KEY = "engram.layout", "engram.row_type", "engram.dim"
+LAYOUT_KEY, ROW_TYPE_KEY, DIM_KEY, SCALE_KEY = "engram.layout", "engram.row_type", "engram.dim", "engram.scale"
 PACKED = "packed"
 PACKED_ALIGNMENT = 16
 
@@ -269,7 +269,7 @@ def _scale_region(part: TensorEntry, scale: TensorEntry | None, dtypes: tuple[st
 def _packed(entry: TensorEntry, metadata: dict[str, str]) -> Layout:
     try:
         dim = int(metadata[DIM_KEY])
-        kind = row_type(metadata[ROW_TYPE_KEY], float(metadata.get("engram.scale", "1")))
+        kind = row_type(metadata[ROW_TYPE_KEY], float(metadata.get(SCALE_KEY, "1")))
     except (KeyError, ValueError):
         raise TableError(f"{entry.path} is declared packed but does not say {ROW_TYPE_KEY} and {DIM_KEY}") from None
     needed = packed_stride(kind.row_bytes(dim))

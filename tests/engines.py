@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
 from server.runtime.engine import Engine
-from server.runtime.load import Loaded, load
+from server.runtime.load import load
 from server.runtime.messages import SamplingParams, Submit, TokenOutput
 from server.runtime.process import build_engine
 from server.settings import Settings
@@ -17,13 +16,9 @@ from server.settings import Settings
 TIE = 1e-3
 
 
-@cache
-def loaded_model(model: str, **flags: Any) -> Loaded:
-    return load(settings_for(model, **flags))
-
-
 def settings_for(model: str, **flags: Any) -> Settings:
-    return Settings(**{"model": model, "dtype": "float32", "max_model_len": 256, "kv_bytes": 64 << 20, **flags})
+    small = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_bytes": 64 << 20}
+    return Settings(**{"model": model, **small, **flags})
 
 
 def engine_on(model: str, **flags: Any) -> Engine:

@@ -15,8 +15,8 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from server.cache.row_table import random_rows, write_table
 from server.cache.row_types import row_type
+from server.cache.table_writer import random_rows, write_table
 from server.errors import PackError
 from server.memory.addressing import from_config
 from server.memory.compression import compression_map, map_sha256

@@ -21,7 +21,7 @@ def summary(path: Path) -> dict[str, Any]:
     Raises PackError or TableError for what does not hold together.
     """
     config = PackConfig.read(path)
-    addresser = from_config(config.addressing())
+    addresser = from_config(config.addressing() | {"pad_id": 0})  # no tokenizer here: only row counts are wanted
     tables = []
     for layer in config.layer_ids:
         table = RowTable.open(path / table_file(layer), name=f"layer {layer}")

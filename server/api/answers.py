@@ -1,0 +1,182 @@
+"""What both generating endpoints share: an answer's head, its usage, its events, and how errors end it.
+
+A whole answer is a stream's chunks joined: the same `choice` renders both, so streamed and unstreamed cannot differ.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+from fastapi import Request
+
+from server.api.errors import body_of
+from server.api.generation import Choice, Delta, Generation, Options
+from server.api.logprobs import Spelling
+from server.api.prompts import Prompt
+from server.api.schemas import SamplingFields, check_extra_fields
+from server.api.service import Service
+from server.api.sse import DONE, compact, event, quoted
+from server.errors import EngramError, RequestError
+from server.runtime.messages import SamplingParams
+
+
+class Answer(ABC):
+    """The answer to one request. Raises RequestError, UnknownModelName or NotReady when made for a wrong one."""
+
+    prefix: ClassVar[str]  # of ids
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, service: Service, request: Request, body: SamplingFields) -> None:
+        self.service, self.body = service, body
+        service.metrics.unknown_fields += check_extra_fields(body.model_extra)
+        model, self.packs = service.model(body.model, body.memory)
+        service.check_ready()
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+        options = body.stream_options
+        self.include_usage = options is not None and bool(options.include_usage)
+        self.running_usage = self.include_usage and bool(options and options.continuous_usage_stats)
+        self.arrival: float = request.state.arrival
+        self.head = {"id": f"{self.prefix}-{request.state.request_id}", "created": int(time.time()), "model": model}
+        self.spelling = Spelling(service.pieces, as_ids=bool(body.return_tokens_as_token_ids))
+        self._before: dict[int, str] = {}
+        self._after = self._plain_end()
+
+    # ── what an endpoint's answer looks like ───────────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def choice(self, delta: Delta, *, streamed: bool) -> dict[str, Any]:
+        """An element of `choices`."""
+
+    @abstractmethod
+    def plain_choice(self, index: int) -> tuple[str, str]:
+        """The JSON of a chunk's choice that brings nothing but text, before and after that text."""
+
+    @property
+    @abstractmethod
+    def always_full(self) -> bool:
+        """Whether every chunk has more to say than text."""
+
+    def opening(self, delta: Delta) -> str:
+        """Events that come before a choice's first chunk."""
+        return ""
+
+    def extra(self, generation: Generation) -> dict[str, Any]:
+        """Further fields of a whole answer."""
+        return {}
+
+    # ── making it ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def generation(self, prompts: list[Prompt], params: list[SamplingParams]) -> Generation:
+        body = self.body
+        return Generation(
+            self.service,
+            prompts,
+            params,
+            n=body.n or 1,
+            request_id=uuid.uuid4().hex,  # the client's own id need not be unique
+            arrival=self.arrival,
+            packs=self.packs,
+            salt=(body.cache_salt or "").encode(),
+            options=Options(
+                stop=body.stops,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special=body.skip_special_tokens is not False,
+            ),
+        )
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The answer when all its choices have ended."""
+        collected: list[list[Delta]] = [[] for _ in generation.choices]
+        async with aclosing(generation.steps()) as steps:
+            async for deltas in steps:
+                for delta in deltas:
+                    collected[delta.choice.index].append(delta)
+        choices = [self.choice(_joined(deltas), streamed=False) for deltas in collected]
+        return {
+            **self.head,
+            "object": self.kind,
+            "choices": choices,
+            "usage": usage_of(generation),
+            **self.extra(generation),
+        }
+
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, one item per step. What fails after the first becomes an event and ends the stream."""
+        begun = False
+        try:
+            async with aclosing(generation.steps()) as steps:
+                async for deltas in steps:
+                    text = "".join([self.chunk(delta) for delta in deltas])
+                    if generation.finished:
+                        text += self._end(generation)
+                    if text:
+                        begun = True
+                        yield text.encode()
+        except EngramError as error:
+            if not begun:
+                raise
+            yield (event(body_of(error)) + DONE).encode()
+
+    def chunk(self, delta: Delta) -> str:
+        """The events for what one step brought one choice; none while a character or stop string is unfinished."""
+        choice = delta.choice
+        if self.always_full or delta.first is not None or choice.finish_reason is not None:
+            opening = self.opening(delta) if delta.first is not None else ""
+            return opening + self.full_event([self.choice(delta, streamed=True)], choice)
+        if not delta.text:
+            return ""
+        before = self._before.get(choice.index)
+        if before is None:
+            before = self._before[choice.index] = self._plain_start(choice.index)
+        return before + quoted(delta.text) + self._after
+
+    def full_event(self, choices: list[dict[str, Any]], choice: Choice, **more: Any) -> str:
+        """An event with everything that belongs to it; usage is the choice's own so far."""
+        chunk = {**self.head, "object": self.chunk_kind, "choices": choices, **more}
+        if self.running_usage:
+            chunk["usage"] = usage(len(choice.prompt.token_ids), choice.tokens, choice.cached_tokens)
+        elif self.include_usage:
+            chunk["usage"] = None
+        return event(chunk)
+
+    def _plain_start(self, index: int) -> str:
+        head = compact({**self.head, "object": self.chunk_kind})
+        return f'data: {head[:-1]},"choices":[{self.plain_choice(index)[0]}'
+
+    def _plain_end(self) -> str:
+        return self.plain_choice(0)[1] + ('],"usage":null}\n\n' if self.include_usage else "]}\n\n")
+
+    def _end(self, generation: Generation) -> str:
+        if not self.include_usage:
+            return DONE
+        return event({**self.head, "object": self.chunk_kind, "choices": [], "usage": usage_of(generation)}) + DONE
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def usage_of(generation: Generation) -> dict[str, Any]:
+    return usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    return Delta(
+        deltas[0].choice,
+        "".join(delta.text for delta in deltas),
+        tuple(i for delta in deltas for i in delta.token_ids),
+        tuple(entry for delta in deltas for entry in delta.logprobs),
+        deltas[0].first,
+    )

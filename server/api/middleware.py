@@ -1,0 +1,123 @@
+"""The outermost layer of every request, as plain ASGI: a request id, a log line, the body limit, the last catch.
+
+Bodies are read whole before a route sees them, so that a limit can answer 413 and a route starts with all it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import body_of, error_body
+from server.errors import BodyTooLarge, EngramError
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = b"x-request-id"
+ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
+WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Edge:
+    """Gives each request an id (the client's, if it sent a usable one) and answers 500 for what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id = _given_id(scope) or uuid.uuid4().hex
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=time.monotonic())
+        header = (REQUEST_ID, request_id.encode())
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if status:
+                return  # the answer has begun; the connection ends without its last chunk
+            await _send_json(send_with_id, error_body(f"internal error; look for {request_id} in the log", 500))
+        finally:
+            if logger.isEnabledFor(logging.DEBUG):
+                seconds = time.monotonic() - scope["state"]["arrival"]
+                logger.debug("%s %s %d %.3f s %s", scope["method"], scope["path"], status, seconds, request_id)
+
+
+class BodyLimit:
+    """Reads the body, at most `limit` bytes of it; 413 beyond."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
+            return await self.app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if declared.isdigit() and int(declared) > self.limit:
+                raise _too_large(int(declared), self.limit)
+            body = await self._read(receive)
+        except EngramError as error:
+            return await _send_json(send, body_of(error), close=True)
+        if body is None:
+            return  # the client left while sending
+        replayed = False
+
+        async def receive_again() -> MutableMapping[str, Any]:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, receive_again, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.limit:
+                raise _too_large(size, self.limit)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has {size} bytes or more and the limit is {limit}; raise it with --max-body-bytes")
+
+
+def _given_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID:
+            text = value.decode("latin-1")
+            return text if ACCEPTED_ID.fullmatch(text) else None
+    return None
+
+
+async def _send_json(send: Send, body: dict[str, Any], *, close: bool = False) -> None:
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if close:  # the rest of the body is not read
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": body["error"]["code"], "headers": headers})
+    await send({"type": "http.response.body", "body": content})

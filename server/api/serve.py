@@ -1,0 +1,131 @@
+"""`run`: bind, start the engine, answer HTTP, drain and end. uvicorn carries the protocol.
+
+SIGTERM ─► /ready 503, new requests 503 ─► running ones finish, at most --drain-seconds ─► the rest is aborted ─► end
+a second signal ends at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from server.api.app import create_app
+from server.errors import SettingsError
+from server.models.source import open_source
+from server.runtime.client import EngineClient
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+# After draining, the last bytes leave within this time.
+LINGER_SECONDS = 5
+
+
+def run(settings: Settings, announce: Callable[[EngineClient], None] = lambda client: None) -> None:
+    """Serves until a signal. `announce` is called when requests are taken. Raises EngramError if it cannot start."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(settings, announce))
+
+
+async def serve(settings: Settings, announce: Callable[[EngineClient], None]) -> None:
+    listener = bind(settings.host, settings.port)
+    try:
+        source = open_source(settings.model)
+        client = await EngineClient.start(settings)
+        try:
+            app = create_app(settings, client, source)
+            config = uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                log_level=settings.log_level,
+                access_log=False,
+                lifespan="off",
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=LINGER_SECONDS,
+                server_header=False,
+            )
+            await DrainingServer(config, client, settings.drain_seconds, announce).serve(sockets=[listener])
+        finally:
+            await client.close()
+    finally:
+        listener.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which on the first signal lets the engine finish before it stops listening."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        client: EngineClient,
+        drain_seconds: float,
+        announce: Callable[[EngineClient], None],
+    ) -> None:
+        super().__init__(config)
+        self._client, self._drain_seconds, self._announce = client, drain_seconds, announce
+        self._draining: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # somebody else began to listen while we loaded
+            raise _cannot_listen(self.config.host, self.config.port, error) from None
+        if self.started:
+            self._announce(self._client)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called from a signal's context. The signal is not raised again at the end: draining is what it asked for."""
+        self._loop.call_soon_threadsafe(self._leave, sig)
+
+    def _leave(self, sig: int) -> None:
+        if self._draining is None:
+            logger.info("%s: draining for at most %.0f s", signal.Signals(sig).name, self._drain_seconds)
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        await self._client.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound before anything is loaded. Raises SettingsError if the address is in use or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from None
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port or --host"
+    )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed: it halves the cost of a write."""
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

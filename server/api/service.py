@@ -1,0 +1,68 @@
+"""Service: what every route needs, in one place. Names and memories of this server, its engine, its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from server.api.metrics import RequestMetrics
+from server.api.schemas import MemoryChoice
+from server.errors import NotReady, UnknownModelName
+from server.models.source import ModelSource
+from server.runtime.client import EngineClient
+from server.runtime.detokeniser import Pieces
+from server.settings import Settings
+
+# Normalisers may shorten a text before it is cut into tokens: Hangul letters compose three to one.
+COMPOSITION = 4
+
+
+@dataclass(slots=True)
+class Service:
+    """`longest_piece`: no token covers more characters of a text than this."""
+
+    settings: Settings
+    client: EngineClient
+    source: ModelSource
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    pieces: Pieces = field(init=False)
+    longest_piece: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pieces = Pieces(self.source.tokenizer)
+        vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
+        self.longest_piece = COMPOSITION * max(map(len, vocabulary))
+
+    @property
+    def name(self) -> str:
+        """The default model."""
+        return self.client.ready.models[0][0]
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.client.ready.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.client.ready.vocab_size
+
+    def model(self, asked: str | None, memory: MemoryChoice | None = None) -> tuple[str, tuple[str, ...]]:
+        """A served name and the memories that a request under it reads. Raises UnknownModelName."""
+        models = dict(self.client.ready.models)
+        name = asked or self.name
+        if name not in models:
+            raise UnknownModelName(
+                f"the model {name[:200]!r} does not exist here; this server has {', '.join(models)}", param="model"
+            )
+        return name, () if memory is not None and not memory.enabled else models[name]
+
+    def check_ready(self) -> None:
+        """Raises NotReady unless new requests can be served."""
+        if not self.client.alive:
+            raise NotReady("the engine is gone; restart the server")
+        if self.client.draining:
+            raise NotReady("the server is draining and takes no new requests")
+        if self.client.stats.table_fault is not None:
+            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")

@@ -48,9 +48,13 @@ class BranchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape.branches, shape.hidden_size, dtype=dtype))
         self.eps = eps
 
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / RMS of x[…, H] in fp32: […, 1]."""
+        return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(self.eps))
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).add_(self.eps)) * self.weight.float()
+        return x * self.scale(x) * self.weight.float()
 
 
 class ConvSlots:
@@ -90,7 +94,10 @@ class Engram(nn.Module):
         """hidden[T, hc, H], rows[T, C · D] → α[T, hc, 1] in fp32 and the ungated value [T, 1, H]."""
         tokens, hc, size = hidden.shape
         key, value = self.key_value(rows).view(tokens, hc + 1, size).split([hc, 1], dim=1)
-        score = (self.key_norm(key) * self.query_norm(hidden)).sum(-1, keepdim=True) / math.sqrt(size)
+        key, query = key.float(), hidden.float()
+        weight = self.key_norm.weight.float() * self.query_norm.weight.float()
+        score = (key * weight).mul_(query).sum(-1, keepdim=True) / math.sqrt(size)
+        score = score * self.key_norm.scale(key) * self.query_norm.scale(query)  # the norms' scalars, drawn out
         signed_root = torch.sign(score) * score.abs().clamp_min(SIGNED_SQRT_FLOOR).sqrt()
         return torch.sigmoid(signed_root), value
 
@@ -108,23 +115,20 @@ class Engram(nn.Module):
         Writes the inputs to their slots, then reads every tap back from the slots.
         """
         slots.inputs.index_copy_(0, at.slots, inputs.flatten(1).to(slots.inputs.dtype))
-        out = torch.zeros(inputs.shape[0], inputs.shape[1] * inputs.shape[2], device=inputs.device)
-        for tap in range(self.shape.kernel_size):
-            taken = slots.inputs.index_select(0, at.taps[tap]).float()
-            out.addcmul_(taken * at.inside[tap][:, None], self.conv[:, tap].float())
-        return F.silu(out, inplace=True)
+        taken = slots.inputs.index_select(0, at.taps.view(-1)).view(*at.taps.shape, -1).float()
+        return F.silu((taken * at.inside).mul_(self.conv.float().T[:, None]).sum(0), inplace=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ConvRead:
-    """Where one step's convolution reads: slots[T] of the tokens themselves, taps[K][T] of their predecessors.
+    """Where one step's convolution reads: slots[T] of the tokens themselves, taps[K, T] of their predecessors.
 
-    Tap j looks (K - 1 - j) · dilation positions back; inside[j][T] is 0 where that lies before the sequence.
+    Tap j looks (K - 1 - j) · dilation positions back; inside[K, T, 1] is 0 where that lies before the sequence.
     """
 
     slots: Tensor
-    taps: list[Tensor]
-    inside: list[Tensor]
+    taps: Tensor
+    inside: Tensor
 
     @classmethod
     def of(cls, batch: Batch, kernel_size: int, dilation: int, tokens: Tensor | None = None) -> ConvRead:
@@ -133,11 +137,8 @@ class ConvRead:
         own, at = batch.slots, batch.positions
         if tokens is not None:
             sequence, own, at = sequence[tokens], own[tokens], at[tokens]
-        taps, inside = [], []
-        for tap in range(kernel_size):
-            positions = at - (kernel_size - 1 - tap) * dilation
-            clamped = positions.clamp_min(0)
-            blocks = batch.block_table[sequence, clamped // batch.block_size]
-            taps.append(blocks * batch.block_size + clamped % batch.block_size)
-            inside.append((positions >= 0).float())
-        return cls(own, taps, inside)
+        back = torch.arange(kernel_size - 1, -1, -1, device=at.device)[:, None] * dilation
+        positions = at - back
+        clamped = positions.clamp_min(0)
+        blocks = batch.block_table[sequence, clamped // batch.block_size]
+        return cls(own, blocks * batch.block_size + clamped % batch.block_size, (positions >= 0).float()[..., None])

@@ -32,14 +32,15 @@ class Reading:
     layer: int
     fetch: Fetch
     tokens: Tensor | None
-    conv: ConvRead
 
 
 @dataclass(slots=True)
 class MemoryStep:
     """One step's rows on their way. `layers`: the decoder layers that read some."""
 
+    batch: Batch
     readings: dict[int, list[Reading]] = field(default_factory=dict)
+    conv_reads: dict[str, ConvRead] = field(default_factory=dict)
 
     @property
     def layers(self) -> frozenset[int]:
@@ -51,12 +52,20 @@ class MemoryStep:
         for reading in self.readings[layer]:
             rows = reading.fetch.wait()
             engram, slots = reading.pack.modules[layer], reading.pack.conv_slots[layer]
+            conv = self._conv_read(reading)
             if reading.tokens is None:
-                total = total + engram(hidden, rows, slots, reading.conv)
+                total = total + engram(hidden, rows, slots, conv)
             else:
-                added = engram(hidden.index_select(0, reading.tokens), rows, slots, reading.conv)
+                added = engram(hidden.index_select(0, reading.tokens), rows, slots, conv)
                 total = total.index_add(0, reading.tokens, added)
         return total
+
+    def _conv_read(self, reading: Reading) -> ConvRead:
+        """Where the pack's convolutions read: made at its first layer, the same for the others."""
+        name, shape = reading.pack.name, reading.pack.shape
+        if name not in self.conv_reads:
+            self.conv_reads[name] = ConvRead.of(self.batch, shape.kernel_size, shape.dilation, reading.tokens)
+        return self.conv_reads[name]
 
 
 class Memories:
@@ -83,14 +92,10 @@ class Memories:
             return None
         planned.sort(key=lambda plan: plan[0])
         fetches = self.prefetcher.begin([plan[2] for plan in planned])
-        step = MemoryStep()
-        shared: dict[str, tuple[Tensor | None, ConvRead]] = {}  # the layers of a pack read the same tokens
+        step = MemoryStep(batch)
         for (layer, pack, _, tokens), fetch in zip(planned, fetches, strict=True):
-            if pack.name not in shared:
-                index = None if tokens is None else torch.from_numpy(tokens).to(batch.slots.device)
-                conv = ConvRead.of(batch, pack.shape.kernel_size, pack.shape.dilation, index)
-                shared[pack.name] = index, conv
-            step.readings.setdefault(layer, []).append(Reading(pack, layer, fetch, *shared[pack.name]))
+            index = None if tokens is None else torch.from_numpy(tokens).to(batch.slots.device)
+            step.readings.setdefault(layer, []).append(Reading(pack, layer, fetch, index))
         return step
 
     def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:

@@ -18,7 +18,7 @@ TYPICAL_BATCH = 8  # the row count oneDNN lays the blocks out for; other counts 
 class PackedLinear(nn.Module):
     """`Linear` with an oneDNN-blocked weight. Same results up to the rounding of the fused residual."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear | nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, TYPICAL_BATCH)
         self.bias = linear.bias
@@ -43,9 +43,9 @@ def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def prepack(module: nn.Module) -> None:
-    """Replaces every `Linear` below `module` by its packed form, one at a time, in place."""
+    """Replaces every linear map below `module` by its packed form, one at a time, in place."""
     for name, child in module.named_children():
-        if isinstance(child, Linear):
+        if isinstance(child, (Linear, nn.Linear)):
             setattr(module, name, PackedLinear(child))
         else:
             prepack(child)

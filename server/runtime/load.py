@@ -130,6 +130,9 @@ def open_packs(
             dtype=dtype,
             device=device,
         )
+        if can_prepack(dtype, device):
+            for engram in pack.modules.values():
+                prepack(engram)
         packs.append(pack)
     return packs
 

@@ -77,7 +77,7 @@ class LayerCounters:
 
 
 class Fetch:
-    """One lookup under way. Its rows may be read until the second `begin` after the one that gave it."""
+    """One lookup under way. Its rows may be read until the `hint` or `begin` that follows the next step's `begin`."""
 
     __slots__ = (
         "begin", "copied", "counted", "done_at", "dropped", "error", "inverse", "issued", "lookup", "pending",
@@ -99,7 +99,8 @@ class Fetch:
     def wait(self) -> Tensor:
         """Blocks until the rows are there: [T, C · D] in the model's dtype and on its device.
 
-        Raises what the table raised (TableError); NotReady if the prefetcher was closed first.
+        Raises what the table raised (TableError), NotReady if the prefetcher was closed first, StepFailed if the rows
+        are overwritten already.
         """
         rows = self.prefetcher.wait(self)
         tokens, columns = self.lookup.row_ids.shape
@@ -124,6 +125,7 @@ class Prefetcher:
     def __init__(self, dtype: torch.dtype, device: torch.device, staging_bytes: int, prefetch: bool = True) -> None:
         self.staging = Staging(staging_bytes, dtype, device)
         self._step = 0
+        self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
         self._counters: dict[tuple[str, int], LayerCounters] = {}
         self._raw = np.empty(0, np.uint8)  # row bytes between gather and decode
@@ -137,11 +139,12 @@ class Prefetcher:
     def begin(self, lookups: Sequence[Lookup]) -> list[Fetch]:
         """Queues a step's lookups, in layer order, and returns at once; hinted ones are joined.
 
-        Rows given two `begin`s ago are overwritten from now on. Raises CapacityError if the step's rows do not fit
+        Rows of the step before the last are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
         issued = time.perf_counter()
         self._step += 1
+        self._oldest = self._step - HALVES + 1
         half = self.staging.step_begins(self._step)
         hints, self._hints = self._hints, []
         fetches = self._fetches(lookups, hints, self._step, issued)
@@ -154,7 +157,8 @@ class Prefetcher:
         return fetches
 
     def hint(self, lookups: Sequence[Lookup]) -> None:
-        """Starts fetching what the next `begin` will probably ask for. The step before the last begun must be over.
+        """Starts fetching what the next `begin` will probably ask for; that step's rows go where those of the step
+        before the last begun are, so that one must be over.
 
         A hint that finds no room, or that the next `begin` does not ask for, is dropped.
         """
@@ -164,11 +168,15 @@ class Prefetcher:
         new: list[Fetch] = []
         for lookup in lookups[: MAX_HINTS - len(self._hints)]:
             new += self._fetches([lookup], [], step, issued) or []
-        self._hints += new
-        self._put(new)
+        if new:
+            self._oldest = self._step
+            self._hints += new
+            self._put(new)
 
     def wait(self, fetch: Fetch) -> Tensor:
         """Blocks until `fetch` is ready and counts it: its rows, [T · C, D] or [U, D]. See `Fetch.wait`."""
+        if fetch.step < self._oldest:
+            raise StepFailed(f"rows of step {fetch.step} were asked for in step {self._step}: they are overwritten")
         before = time.perf_counter()
         if self._worker is None and fetch.pending.locked():
             fetch.issued = before
@@ -177,13 +185,12 @@ class Prefetcher:
             stall = time.perf_counter() - before
         if fetch.error is not None:
             raise fetch.error
-        if fetch.rows is None or fetch.step <= self._step - HALVES:
-            raise StepFailed(f"rows of step {fetch.step} were asked for in step {self._step}: they are overwritten")
         if fetch.copied is not None:
             torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
         if not fetch.counted:
             fetch.counted = True
             self._count(fetch, stall)
+        assert fetch.rows is not None  # only dropped hints have none, and nobody holds those
         return fetch.rows
 
     def counters(self) -> tuple[LayerCounters, ...]:

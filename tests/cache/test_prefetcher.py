@@ -250,11 +250,30 @@ def test_rows_stay_while_the_next_step_is_fetched_and_are_refused_after_that(pre
     rows = first.wait()
     (second,) = prefetcher.begin([Lookup(table, 1, ids[1])])
     second.wait()
-    prefetcher.hint([])
     assert torch.equal(rows, expected(ids[0]))
     prefetcher.begin([Lookup(table, 1, ids[2])])[0].wait()
     assert torch.equal(second.wait(), expected(ids[1]))
     with pytest.raises(StepFailed, match="step 1 were asked for in step 3"):
+        first.wait()
+
+
+def test_without_prefetch_a_forgotten_fetch_does_not_write_over_a_later_steps_rows() -> None:
+    prefetcher, table = Prefetcher(torch.float32, CPU, MIB, prefetch=False), SlowTable()
+    fetches = [prefetcher.begin([Lookup(table, 1, ids_of(4, 2, seed))])[0] for seed in range(3)]
+    rows = fetches[2].wait()
+    with pytest.raises(StepFailed):
+        fetches[0].wait()
+    assert torch.equal(rows, expected(ids_of(4, 2, 2)))
+
+
+def test_rows_are_refused_once_hints_may_stand_in_their_place(prefetcher: Prefetcher) -> None:
+    table, ids = SlowTable(), ids_of(4, 2)
+    (first,) = prefetcher.begin([Lookup(table, 1, ids)])
+    (second,) = prefetcher.begin([Lookup(table, 1, ids)])
+    assert torch.equal(first.wait(), expected(ids))
+    prefetcher.hint([Lookup(table, 1, ids_of(4, 2, seed=5))])
+    assert torch.equal(second.wait(), expected(ids))
+    with pytest.raises(StepFailed, match="step 1 were asked for in step 2"):
         first.wait()
 
 
@@ -403,7 +422,8 @@ class Steps(RuleBasedStateMachine):
     def start(self, prefetch: bool) -> None:
         self.prefetcher = Prefetcher(torch.float32, CPU, 8192, prefetch)
         self.tables = [SlowTable(name="a"), SlowTable(name="b")]
-        self.fetches: list[list[Fetch]] = [[], []]
+        self.fetches: list[list[Fetch]] = [[], []]  # of the step before the last, of the last
+        self.hinted = False
 
     def lookup(self, seed: int) -> Lookup:
         ids = ids_of(1 + seed % 11, 2, seed)
@@ -412,22 +432,34 @@ class Steps(RuleBasedStateMachine):
     @rule(seeds=st.lists(st.integers(0, 20), max_size=5))
     def hint(self, seeds: list[int]) -> None:
         self.prefetcher.hint([self.lookup(seed) for seed in seeds])
+        self.hinted |= bool(seeds)
 
     @rule(seeds=st.lists(st.integers(0, 20), max_size=5))
     def begin(self, seeds: list[int]) -> None:
         self.fetches = [self.fetches[1], self.prefetcher.begin([self.lookup(seed) for seed in seeds])]
+        self.hinted = False
 
     @rule(data=st.data())
     def wait(self, data: st.DataObject) -> None:
-        alive = self.fetches[0] + self.fetches[1]
-        if alive:
-            fetch = data.draw(st.sampled_from(alive))
-            assert torch.equal(fetch.wait(), expected(fetch.lookup.row_ids))
+        step = data.draw(st.sampled_from([0, 1]))
+        if self.fetches[step]:
+            self.check(step, data.draw(st.sampled_from(self.fetches[step])))
+
+    def check(self, step: int, fetch: Fetch) -> None:
+        """Rows of the step before the last stand where hints go: once there are some, they are refused."""
+        try:
+            rows = fetch.wait()
+        except StepFailed:
+            assert step == 0
+            assert self.hinted
+        else:
+            assert torch.equal(rows, expected(fetch.lookup.row_ids))
 
     def teardown(self) -> None:
         if hasattr(self, "prefetcher"):
-            for fetch in self.fetches[0] + self.fetches[1]:
-                assert torch.equal(fetch.wait(), expected(fetch.lookup.row_ids))
+            for step in (0, 1):
+                for fetch in self.fetches[step]:
+                    self.check(step, fetch)
             self.prefetcher.close()
 
 

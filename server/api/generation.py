@@ -121,7 +121,7 @@ class Generation:
     async def steps(self) -> AsyncGenerator[list[Delta], None]:
         """Per step, what it brought. Raises what the engine refused or failed with."""
         try:
-            async with aclosing(merged(self._client, self._submits)) as outputs:
+            async with aclosing(together(self._client, self._submits)) as outputs:
                 async for step in outputs:
                     deltas = self._take(step)
                     if deltas:
@@ -196,7 +196,7 @@ class Generation:
                 self._finish(choice, reason, now)
 
 
-async def merged(client: EngineClient, submits: list[Submit]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+async def together(client: EngineClient, submits: list[Submit]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
     """The outputs of several submits with the number of each, all that are there at once. One task per submit."""
     if len(submits) == 1:
         async with aclosing(_stream(client, submits[0])) as stream:

@@ -80,6 +80,9 @@ class Logprobs:
     rank: int
     top: tuple[tuple[int, float], ...] = ()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Logprobs, (self.token_id, self.logprob, self.rank, self.top)  # as TokenOutput's, below
+
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
@@ -101,6 +104,13 @@ class TokenOutput:
     queued_s: float | None = None
     prefill_s: float | None = None
     cached_tokens: int = 0
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # One crosses the pipe per token; dataclasses' own way, field by field through setattr, costs ten times this.
+        # After its first token a sequence says little else.
+        if self.queued_s is None and self.finish_reason is None and self.error is None:
+            return TokenOutput, (self.request_id, self.index, self.token_ids, self.logprobs)
+        return TokenOutput, tuple(getattr(self, name) for name in self.__slots__)
 
 
 @dataclass(frozen=True, slots=True)

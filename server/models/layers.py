@@ -15,31 +15,27 @@ from server.models.config import ModelConfig
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, and + residual when one is given, so that a layout can fuse the addition.
-
-    weight[out, in]. Subclasses keep the signature and change only how the weight is stored.
-    """
+    """y = x Wᵀ + b; weight[out, in]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y if residual is None else residual + y
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, the mean in fp32."""
+    """x / sqrt(mean(x²) + eps) · weight of the fp32 residual stream, rounded once, to `dtype`."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.eps, self.dtype = eps, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(self.dtype)
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

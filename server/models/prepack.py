@@ -16,19 +16,15 @@ TYPICAL_BATCH = 8  # the row count oneDNN lays the blocks out for; other counts 
 
 
 class PackedLinear(nn.Module):
-    """`Linear` with an oneDNN-blocked weight. Same results up to the rounding of the fused residual."""
+    """`Linear` with an oneDNN-blocked weight."""
 
     def __init__(self, linear: Linear | nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, TYPICAL_BATCH)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor
-        if residual is None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        else:
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
 
 

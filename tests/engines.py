@@ -71,4 +71,6 @@ def greedy_reference(model: Any, prompt: tuple[int, ...], answer: list[int]) -> 
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
     best = logits.max(-1)
     given = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    return [a if float(b - g) < TIE else int(i) for a, b, g, i in zip(answer, best.values, given, best.indices)]
+    return [
+        a if float(b - g) < TIE else int(i) for a, b, g, i in zip(answer, best.values, given, best.indices, strict=True)
+    ]

@@ -56,11 +56,11 @@ def transformers_model(loaded: Loaded, settings: Settings, folder: Path) -> Any:
         from transformers.utils import logging
     except ImportError as error:
         raise SettingsError("bench decode compares with transformers; pip install 'engram-server[dev]'") from error
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = folder if loaded.source.kind == "gguf" else Path(loaded.source.path)
     if loaded.source.kind == "gguf":
         convert(settings.model, folder)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=loaded.dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=loaded.dtype).eval()  # type: ignore[no-untyped-call]
 
 
 def transformers_stepper(model: Any, pieces: list[tuple[int, ...]]) -> Callable[[], None]:

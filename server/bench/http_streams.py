@@ -62,8 +62,8 @@ async def stream(port: int, body: dict[str, object]) -> list[float]:
     """Posts one streaming completion; returns the arrival time of each event that carries a token."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}"
-    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + payload)
+    head = ("POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close")
+    writer.write("\r\n".join((*head, f"Content-Length: {len(payload)}", "", "")).encode() + payload)
     arrivals: list[float] = []
     tail = b""
     while data := await reader.read(1 << 16):

@@ -173,5 +173,3 @@ def table(result: dict[str, Any]) -> Table:
     for name, value in result["bookkeeping"].items():
         made.add_row(f"{name.removesuffix('_us')} at 32 sequences", f"{value:.0f} µs", "")
     return made
-
-

@@ -14,16 +14,15 @@ from typing import Any
 
 from server.models.layers import Linear
 from server.models.prepack import PackedLinear
-from server.runtime import runner as runner_module
 from server.runtime.engine import Engine
 
 
 class StepTimers:
-    """Seconds by part since the start, and the number of steps."""
+    """Seconds and calls by part since the start."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.steps = 0
+        self.calls: dict[str, int] = defaultdict(int)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -32,13 +31,14 @@ class StepTimers:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[part] += time.perf_counter() - begun
+                self.calls[part] += 1
 
         return wrapper
 
     def milliseconds(self) -> dict[str, float]:
         """Per step: matmul, attention, elementwise, sampling, scheduling (and batch building), total."""
         s = self.seconds
-        per_step = 1e3 / max(self.steps, 1)
+        per_step = 1e3 / max(self.calls["step"], 1)
         parts = {
             "matmul": s["matmul"],
             "attention": s["attention"],
@@ -56,25 +56,22 @@ def step_timers(engine: Engine) -> Iterator[StepTimers]:
     timers = StepTimers()
     model, runner = engine.runner.model, engine.runner
     linears = [m for m in model.modules() if isinstance(m, (Linear, PackedLinear))]
-    for linear in linears:
-        linear.forward = timers.timed("matmul", linear.forward)  # type: ignore[method-assign]
-    attention_forward, sample = runner.attention.forward, runner_module.sample
-    runner.attention.forward = timers.timed("attention", attention_forward)  # type: ignore[method-assign]
-    model.forward = timers.timed("forward", model.forward)  # type: ignore[method-assign]
-    model.logits = timers.timed("logits", model.logits)  # type: ignore[method-assign]
-    runner_module.sample = timers.timed("sampling", sample)
-    step = timers.timed("step", engine.step)
-
-    def counted() -> Any:
-        timers.steps += 1
-        return step()
-
-    engine.step = counted  # type: ignore[method-assign]
+    parts: list[tuple[Any, str, str]] = [
+        *((linear, "forward", "matmul") for linear in linears),
+        (runner.attention, "forward", "attention"),
+        (model, "forward", "forward"),
+        (model, "logits", "logits"),
+        (runner, "sample", "sampling"),
+        (engine, "step", "step"),
+    ]
+    before = [(holder, dict(vars(holder))) for holder, _, _ in parts]
+    for holder, name, part in parts:
+        setattr(holder, name, timers.timed(part, getattr(holder, name)))
     try:
         yield timers
     finally:
-        for holder, name in [(model, "forward"), (model, "logits"), (engine, "step"), (runner.attention, "forward")]:
-            delattr(holder, name)
-        for linear in linears:
-            del linear.forward
-        runner_module.sample = sample
+        for (holder, name, _), (_, attributes) in zip(parts, before, strict=True):
+            if name in attributes:
+                setattr(holder, name, attributes[name])
+            else:
+                delattr(holder, name)

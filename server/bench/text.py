@@ -1,10 +1,13 @@
-"""Real text for experiments: this installation's own licences and module sources, tokenised.
+"""Real text for experiments: this installation's own source and its documentation strings, tokenised.
 
 A small model's own greedy text repeats itself; forced tokens of real text keep prompts, windows and hit rates honest.
 """
 
 from __future__ import annotations
 
+import email
+import json
+import typing
 from pathlib import Path
 
 import server
@@ -15,12 +18,8 @@ def corpus() -> str:
     """A few hundred kilobytes of English and code that every installation has: Python's own documentation strings."""
     root = Path(server.__file__).parent
     own = "\n".join(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py")))
-    import email
-    import json
-    import typing
-
-    standard = [Path(module.__file__).read_text(encoding="utf-8") for module in (typing, email, json) if module.__file__]
-    return own + "\n".join(standard)
+    files = [module.__file__ for module in (typing, email, json)]
+    return own + "\n".join(Path(file).read_text(encoding="utf-8") for file in files if file)
 
 
 def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from server.cache.row_types import row_type
+from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import random_rows, write_table
 from server.errors import PackError
 from server.memory.addressing import from_config
@@ -58,9 +58,7 @@ def attach(
     return out
 
 
-def check(
-    layers: Sequence[int], rows: int, dim: int, heads: int, orders: Sequence[int], out: Path
-) -> None:
+def check(layers: Sequence[int], rows: int, dim: int, heads: int, orders: Sequence[int], out: Path) -> None:
     """Refuses what no pack can be. Raises PackError naming the flag."""
     for flag, value in (("--rows", rows), ("--dim", dim), ("--heads", heads)):
         if value < 1:
@@ -85,12 +83,13 @@ def fresh_config(
 ) -> PackConfig:
     """Constants for this tokenizer and these sizes, computed once and stored."""
     model, mapping = source.config, compression_map(source.tokenizer.backend)
+    pad_id = model.eos_token_ids[0] if model.eos_token_ids else 0
     addressing = {
         "layer_ids": sorted(layers),
         "max_ngram_size": max(orders),
         "n_head_per_ngram": heads,
         "engram_vocab_size": [rows] * len(orders),
-        "pad_id": model.eos_token_ids[0] if model.eos_token_ids else 0,
+        "pad_id": pad_id,
         "seed": seed,
     }
     addresser = from_config(addressing, tokenizer=source.tokenizer.backend)
@@ -100,7 +99,7 @@ def fresh_config(
         n_head_per_ngram=heads,
         engram_vocab_size=(rows,) * len(orders),
         head_dim=dim,
-        pad_id=addressing["pad_id"],
+        pad_id=pad_id,
         seed=seed,
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
@@ -141,7 +140,7 @@ def write_pack(folder: Path, config: PackConfig) -> None:
     (folder / "README.md").write_text(readme(config), encoding="utf-8")
 
 
-def track(progress: Progress, chunks: Iterable[torch.Tensor], rows: int, what: str) -> Iterable[torch.Tensor]:
+def track(progress: Progress, chunks: Iterable[Floats], rows: int, what: str) -> Iterable[Floats]:
     task = progress.add_task(what, total=rows)
     for chunk in chunks:
         yield chunk

@@ -1,6 +1,6 @@
 """An attached pack: opened, checked against the backbone, its modules on the device, its tables mapped.
 
-    open_pack(folder)   reads config and headers, checks every promise, loads the small modules; no table byte is read
+open_pack(folder)   reads config and headers, checks every promise, loads the small modules; no table byte is read
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def copy_checked(parameter: Tensor, value: Tensor, what: str) -> None:
 def fingerprint(folder: Path, config: PackConfig) -> str:
     """SHA-256 over config, modules and each table's size and modification time: no table byte is read."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")) + [folder / MODULES]:
+    for path in [*sorted(folder.glob("*.json")), folder / MODULES]:
         digest.update(path.name.encode() + path.read_bytes())
     for layer in config.layer_ids:
         status = (folder / table_file(layer)).stat()

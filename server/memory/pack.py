@@ -97,7 +97,9 @@ class PackConfig:
         content = json.dumps(asdict(self), indent=2) + "\n"
         (folder / CONFIG).write_text(content, encoding="utf-8")
 
-    def check_backbone(self, *, hidden_size: int, num_layers: int, vocab_size: int, sha256: str, compressed: int) -> None:
+    def check_backbone(
+        self, *, hidden_size: int, num_layers: int, vocab_size: int, sha256: str, compressed: int
+    ) -> None:
         """Raises PackError, with both values, unless the pack fits this backbone and tokenizer."""
         pairs = [
             ("hidden size", self.hidden_size, hidden_size),

@@ -2,8 +2,9 @@
 
     hidden[T, H]  ── memory? ──► norm ─ qkv ─ rotary ─ attention ─ out ─(+)─ norm ─ gate·up ─ down ─(+)──► next block
 
-Query, key and value are one matrix, and so are gate and up. The residual stream is fp32 in every dtype: with a stream
-in bf16 each of 60 additions rounds, and SmolLM2's logits stray twice as far from fp32 (docs/experiments.md). It knows nothing of sequences or sampling; attention and
+Query, key and value are one matrix, and so are gate and up. The residual stream is fp32 in every dtype:
+with a stream in bf16 each of 60 additions rounds, and SmolLM2's logits stray twice as far from fp32
+(docs/experiments.md). It knows nothing of sequences or sampling; attention and
 memory are handed in per step.
 """
 
@@ -78,9 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.embed = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
-        )
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)

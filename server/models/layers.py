@@ -91,10 +91,11 @@ class Rotary(nn.Module):
     @staticmethod
     def rotate_(heads: Tensor, rotation: Tensor) -> None:
         """In place on heads[T, H, D]."""
-        pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
         heads.copy_(torch.view_as_real(pairs * rotation).flatten(-2))
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
     """Rows [H · D, …] of a query or key map from pairs (i, i + D/2) to pairs (2i, 2i + 1), within each head."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)

@@ -219,4 +219,3 @@ class Engine:
             family.remove(sequence)
             if not family:
                 del self._requests[sequence.request_id]
-

@@ -15,7 +15,7 @@ from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
-from server.models.prepack import can_prepack, prepack
+from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
 from server.runtime.capacity import KVPlan, plan_kv
@@ -109,9 +109,7 @@ def load(settings: Settings) -> Loaded:
     return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)
 
 
-def open_packs(
-    settings: Settings, source: ModelSource, dtype: torch.dtype, device: torch.device
-) -> list[AttachedPack]:
+def open_packs(settings: Settings, source: ModelSource, dtype: torch.dtype, device: torch.device) -> list[AttachedPack]:
     """The packs of --memory, each PATH or NAME=PATH. Raises PackError; before any weight is loaded."""
     packs: list[AttachedPack] = []
     for spec in settings.memory:
@@ -140,7 +138,7 @@ def open_packs(
 def weight_bytes(model: Decoder) -> int:
     """Bytes of the weights as stored, a tied embedding counted once unless its packed form is apart."""
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    packed = [m.packed for m in model.modules() if hasattr(m, "packed")]
+    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
     return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed)
 
 
@@ -187,4 +185,3 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
     if loaded.token_budget < settings.max_num_batched_tokens:
         lines.append(("token budget", f"{loaded.token_budget} per step, lowered so that rows fit --staging"))
     return lines
-

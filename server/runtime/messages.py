@@ -1,7 +1,7 @@
 """What crosses the pipe between the API process and the engine process: frozen dataclasses, token ids, no text.
 
-    API ──▶ engine   Submit, Abort, UpdateMemory, Drain
-    engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token)
+API ──▶ engine   Submit, Abort, UpdateMemory, Drain
+engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token)
 """
 
 from __future__ import annotations

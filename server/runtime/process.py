@@ -148,4 +148,3 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
     if isinstance(message, Ready):
         EngineLoop(engine, pipe).run()
     pipe.close()
-

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from server.batch import Batch
-from server.models.attention.base import AttentionBackend
 from server.memory.addressing import windows_of
 from server.memory.memories import Memories
+from server.models.attention.base import AttentionBackend
 from server.models.decoder import Decoder
 from server.runtime.messages import Logprobs
 from server.runtime.sampler import Sampled, describe, sample
@@ -38,6 +38,7 @@ class Runner:
     ) -> None:
         self.model, self.attention, self.memories, self.device = model, attention, memories, device
         self.block_size = block_size
+        self.sample = sample
         self.table = TokenTable(max_num_seqs, max_len, block_size, memories.window if memories else 1)
 
     @torch.inference_mode()
@@ -51,7 +52,7 @@ class Runner:
         if not sequences:
             return []
         logits = self.model.logits(hidden[batch.sample_at])
-        sampled = list(zip(sequences, sample(logits, sequences), strict=True))
+        sampled = list(zip(sequences, self.sample(logits, sequences), strict=True))
         if step is not None:
             self._hint(sampled)
         return sampled

@@ -1,7 +1,7 @@
 """The sampler: one token per row of logits, vectorised over rows, the noise keyed by (seed, position).
 
     logits ─ bias, penalties, min_tokens ─► greedy rows: argmax
-                                        └► others: / temperature ─ top-k ─ min-p ─ top-p ─ inverse CDF at u(seed, position)
+                                        └► others: / temperature ─ top-k, min-p, top-p ─ inverse CDF at u(seed, pos)
 
 Sampling reads a row's cumulative distribution, most likely token first, at one uniform number: batch composition
 cannot change the draw. Log-probabilities are those of the model's own logits, before any of the above.
@@ -31,7 +31,7 @@ class Sampled:
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    """logits[N, V] fp32, one row per sequence whose next token is wanted → N tokens. `logits` may be overwritten."""
+    """logits[N, V] fp32, one row per sequence whose next token is wanted → N tokens. `logits` is overwritten."""
     wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
     adjust_(logits, sequences)
@@ -76,9 +76,7 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     vocab = logits.shape[1]
     temperature = torch.tensor([s.params.temperature for s in sequences], dtype=logits.dtype, device=device)
     probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
-    u = uniform(
-        np.array([s.seed for s in sequences], np.uint64), np.array([s.length for s in sequences], np.uint64)
-    )
+    u = uniform(np.array([s.seed for s in sequences], np.uint64), np.array([s.length for s in sequences], np.uint64))
     points = torch.from_numpy(u).to(device)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=device)
     plain = [i for i, s in enumerate(sequences) if not _filtered(s, vocab)]
@@ -96,7 +94,7 @@ def _filtered(sequence: Sequence, vocab: int) -> bool:
 
 
 def _draw_filtered(probabilities: Tensor, sequence: Sequence, point: Tensor) -> Tensor:
-    """Keeps the k most likely, then those above min_p · the best, then the smallest set that holds top_p of the rest."""
+    """Keeps the k most likely; of these, those above min_p · the best; of these, the least that hold top_p."""
     params, vocab = sequence.params, probabilities.numel()
     limit = params.top_k if 0 < params.top_k < vocab else vocab
     values, ids = probabilities.topk(min(limit, SHORTLIST))
@@ -132,5 +130,7 @@ def describe(logprobs: Tensor, chosen: list[int], counts: list[int]) -> list[Log
     ranks = (logprobs > own).sum(-1).add_(1).tolist()
     most = max(counts)
     values, ids = logprobs.topk(most, dim=-1) if most else (logprobs[:, :0], picked[:, :0])
-    tops = [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), values.tolist(), counts, strict=True)]
+    tops = [
+        tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), values.tolist(), counts, strict=True)
+    ]
     return [Logprobs(*row) for row in zip(chosen, own[:, 0].tolist(), ranks, tops, strict=True)]

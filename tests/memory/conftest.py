@@ -83,7 +83,7 @@ def backbone(tiny_llama_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def prompt(tiny_llama_folder: Path) -> tuple[int, ...]:
-    """90 tokens with Hangul, emoji, lone spaces, line breaks and ids that share a compressed id ("The", "the", "THE")."""
+    """90 tokens: Hangul, emoji, lone spaces, line breaks, ids that share a compressed id ("The", "the", "THE")."""
     text = "The the THE  capital of 대한민국 is 서울 🙂👩‍👩‍👧  \n\n \t  café CAFÉ ｆｕｌｌ; return x + 1  # 12345 " * 3
     ids = open_source(str(tiny_llama_folder)).tokenizer.encode(text)
     return tuple(ids[:90])

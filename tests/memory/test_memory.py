@@ -173,7 +173,9 @@ def test_one_flipped_byte_changes_exactly_the_requests_that_read_its_row(
     pack = tmp_path / "a"
     shutil.copytree(pack_a, pack)
     ids = list(prompt)
-    read_by = [set(np.ravel(ReferenceEngram(pack, mapping).rows(ids[i : i + 12], 3)).tolist()) for i in range(0, 84, 12)]
+    read_by = [
+        set(np.ravel(ReferenceEngram(pack, mapping).rows(ids[i : i + 12], 3)).tolist()) for i in range(0, 84, 12)
+    ]
     victim = next(row for row in sorted(read_by[2]) if not any(row in r for j, r in enumerate(read_by) if j != 2))
     pieces = [prompt[i : i + 12] for i in range(0, 84, 12)]
 

@@ -27,7 +27,7 @@ TEXTS = [
     "\x00\x07\t\n\r",
     "ﷺ𝔘𝔫𝔦",
     "日本語と한국어",
-]  # noqa: RUF001
+]
 
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(TEXTS)
 any_ids = st.lists(st.integers(0, TOKENIZER.vocab_size + 100), max_size=40)

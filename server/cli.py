@@ -187,6 +187,18 @@ def decode(
     run(model=model, steps=steps, json=json)
 
 
+@bench.command()
+def memory(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    turns: Annotated[int, typer.Option(min=16, help="steps of each arm")] = 150,
+    json: JsonFile = None,
+) -> None:
+    """What an attached memory costs a step, and how much of a slow table its prefetch hides."""
+    from server.bench.memory import run
+
+    run(model=model, turns=turns, json=json)
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

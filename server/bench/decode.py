@@ -7,6 +7,7 @@ Then the same sequences once more over HTTP, to see what the server adds to a st
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from server.bench.http_streams import intervals, running_server, streams
 from server.bench.paired import Ratio, machine, ratio, write_json
 from server.bench.shares import step_timers
 from server.bench.text import prompts
@@ -32,6 +34,7 @@ from server.settings import DEFAULT_MODEL, Settings
 PROMPT_TOKENS = 64
 WARM_STEPS = 4
 CONCURRENCY = (1, 8, 32)
+HTTP_STREAMS = 64
 
 
 def fill(engine: Engine, pieces: list[tuple[int, ...]], new_tokens: int) -> None:
@@ -128,9 +131,39 @@ def run(*, model: str = DEFAULT_MODEL, steps: int = 48, json: Path | None = None
             result["ratios"]["ours_over_transformers"][str(count)] = speedup.as_json()
             result["step_ms"][str(count)] = {"ours": ours_ms, "transformers": theirs_ms}
             result["shares_ms"][str(count)] = profile(engine, pieces[:count], steps // 2)
+        console.print(f"[dim]{HTTP_STREAMS} streams over HTTP, beside the same sequences in process …[/dim]")
+        result["http"] = over_http(engine, model, prompts(loaded.source.tokenizer, HTTP_STREAMS, PROMPT_TOKENS), steps)
     console.print(table(result))
+    http = result["http"]
+    console.print(
+        f"{HTTP_STREAMS} streams over HTTP: {http['http_ms']:.1f} ms between tokens, in process "
+        f"{http['in_process_ms']:.1f} ms: {http['ratio']:.3f}x"
+    )
     write_json(json, result)
     return result
+
+
+def over_http(engine: Engine, model: str, pieces: list[tuple[int, ...]], steps: int) -> dict[str, Any]:
+    """Median ms between a stream's tokens over HTTP and median step in process, in turns, two rounds of each."""
+    over, inside = [], []
+    flags = ("--model", model, "--max-num-seqs", str(len(pieces)), "--max-model-len", "1024")
+    with running_server(*flags) as port:
+        for _ in range(2):
+            fill(engine, pieces, steps + WARM_STEPS + 2)
+            for turn in range(steps + WARM_STEPS):
+                seconds = timed(engine.step)
+                if turn >= WARM_STEPS:
+                    inside.append(seconds)
+            clear(engine)
+            over += intervals(asyncio.run(streams(port, pieces, steps + WARM_STEPS + 16)))
+    http_ms, in_process_ms = float(np.median(over)) * 1e3, float(np.median(inside)) * 1e3
+    return {
+        "streams": len(pieces),
+        "http_ms": http_ms,
+        "in_process_ms": in_process_ms,
+        "ratio": http_ms / in_process_ms,
+        "intervals": len(over),
+    }
 
 
 def table(result: dict[str, Any]) -> Table:

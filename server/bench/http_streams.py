@@ -69,18 +69,16 @@ async def stream(port: int, body: dict[str, object]) -> list[float]:
     while data := await reader.read(1 << 16):
         now = time.perf_counter()
         tail += data
-        events = tail.count(b"\ndata: {") + tail.count(b"\r\ndata: {", 0, 0)
-        arrivals += [now] * events
+        arrivals += [now] * tail.count(b"\ndata: {")
         tail = tail[tail.rfind(b"\n") :]
     writer.close()
     return arrivals
 
 
-async def streams(port: int, model: str, prompts: list[tuple[int, ...]], tokens: int) -> list[list[float]]:
-    """All prompts at once; the arrival times of each."""
+async def streams(port: int, prompts: list[tuple[int, ...]], tokens: int) -> list[list[float]]:
+    """All prompts at once, to the default model; the arrival times of each."""
     bodies = [
         {
-            "model": model,
             "prompt": list(prompt),
             "max_tokens": tokens,
             "temperature": 0,

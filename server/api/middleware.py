@@ -59,8 +59,12 @@ class Edge:
                 logger.debug("%s %s %d %.3f s %s", scope["method"], scope["path"], status, seconds, request_id)
 
 
+# A body above the limit is read on and dropped up to this multiple: clients read no answer before they have sent all.
+PATIENCE = 4
+
+
 class BodyLimit:
-    """Reads the body, at most `limit` bytes of it; 413 beyond."""
+    """Reads the body and keeps at most `limit` bytes of it; 413 beyond."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
@@ -70,7 +74,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         try:
-            if declared.isdigit() and int(declared) > self.limit:
+            if declared.isdigit() and int(declared) > PATIENCE * self.limit:
                 raise _too_large(int(declared), self.limit)
             body = await self._read(receive)
         except EngramError as error:
@@ -94,16 +98,21 @@ class BodyLimit:
             message = await receive()
             if message["type"] != "http.request":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.limit:
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self.limit:
+                parts.append(part)
+            else:
+                parts.clear()
+            more = message.get("more_body", False)
+            if size > (PATIENCE * self.limit if more else self.limit):
                 raise _too_large(size, self.limit)
-            if not message.get("more_body", False):
+            if not more:
                 return b"".join(parts)
 
 
 def _too_large(size: int, limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body has {size} bytes or more and the limit is {limit}; raise it with --max-body-bytes")
+    return BodyTooLarge(f"the body has {size} bytes and the limit is {limit}; raise it with --max-body-bytes")
 
 
 def _given_id(scope: Scope) -> str | None:

@@ -16,6 +16,8 @@ from server.models.chat import render
 MOST_PROMPTS = 1024
 # Longer texts are tokenised beside the event loop (about 1 ms for this many characters).
 QUICK_TEXT = 4096
+# Of a template's variables, those that are the server's to set.
+RESERVED = frozenset({"template", "messages", "special_tokens", "add_generation_prompt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,9 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
         raise RequestError(
             "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
         )
-    messages = [_plain(message) for message in request.messages]
-    text = conversation(
-        service,
-        messages,
-        add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
-        **(request.chat_template_kwargs or {}),
-    )
+    messages = message_dicts(request.messages)
+    generate = request.add_generation_prompt is not False and not request.continue_final_message
+    text = conversation(service, messages, generate, request.chat_template_kwargs or {})
     final = ""
     if request.continue_final_message:
         final = str(messages[-1].get("content") or "").strip()
@@ -74,19 +72,21 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
     return Prompt(check_length(service, ids, "messages"), final)
 
 
-def conversation(service: Service, messages: list[dict[str, Any]], **options: Any) -> str:
+def conversation(
+    service: Service, messages: list[dict[str, Any]], add_generation_prompt: bool, options: Mapping[str, Any]
+) -> str:
     """A conversation as the model's text. Raises RequestError if the model has no template or it refuses."""
     template = service.source.chat_template
     if template is None:
         raise RequestError(
             f"{service.name} has no chat template; use /v1/completions or serve a model that has one", param="messages"
         )
-    reserved = {"messages", "special_tokens", "template"} & options.keys()
-    if reserved:
+    if reserved := RESERVED & options.keys():
         raise RequestError(
             f"chat_template_kwargs must not name {', '.join(sorted(reserved))}", param="chat_template_kwargs"
         )
-    return render(template, messages, special_tokens=service.source.special_tokens, **options)
+    special = service.source.special_tokens
+    return render(template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special, **options)
 
 
 def message_dicts(messages: list[ChatMessage]) -> list[dict[str, Any]]:
@@ -115,11 +115,12 @@ async def encode(service: Service, text: str, add_special_tokens: bool, param: s
     if least >= context:
         raise _too_long(f"at least {least}", context, param)
     try:
-        if len(text) <= QUICK_TEXT:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        text.encode()
     except UnicodeEncodeError:
         raise RequestError(f"{param} holds a lone surrogate, which is no character", param=param) from None
+    if len(text) <= QUICK_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
 
 def check_length(service: Service, token_ids: list[int], param: str) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Answer(ABC):
         self.arrival: float = request.state.arrival
         self.head = {"id": f"{self.prefix}-{request.state.request_id}", "created": int(time.time()), "model": model}
         self.spelling = Spelling(service.pieces, as_ids=bool(body.return_tokens_as_token_ids))
+        self._full = self.always_full
         self._before: dict[int, str] = {}
         self._after = self._plain_end()
 
@@ -127,7 +128,7 @@ class Answer(ABC):
     def chunk(self, delta: Delta) -> str:
         """The events for what one step brought one choice; none while a character or stop string is unfinished."""
         choice = delta.choice
-        if self.always_full or delta.first is not None or choice.finish_reason is not None:
+        if self._full or delta.first is not None or choice.finish_reason is not None:
             opening = self.opening(delta) if delta.first is not None else ""
             return opening + self.full_event([self.choice(delta, streamed=True)], choice)
         if not delta.text:

@@ -16,6 +16,7 @@ from typing import cast
 
 from server.api.prompts import Prompt
 from server.api.service import Service
+from server.errors import NotReady, RequestError
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
 from server.runtime.messages import FinishReason, Logprobs, SamplingParams, Submit, TokenOutput
@@ -129,8 +130,11 @@ class Generation:
         except (asyncio.CancelledError, GeneratorExit):
             self._close("abort")
             raise
-        finally:
+        except (RequestError, NotReady):
+            raise  # refused: nothing ran
+        except Exception:
             self._close("error")
+            raise
 
     def _take(self, step: list[tuple[int, TokenOutput]]) -> list[Delta]:
         now = time.monotonic()

@@ -50,7 +50,9 @@ class LiveServer:
             [sys.executable, "-c", SERVE, flags], env=environment, text=True, stdout=subprocess.PIPE
         )
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n", "the server did not start"
+        if self.process.stdout.readline() != "ready\n":
+            self.stop()
+            raise AssertionError(f"the server did not start with {flags}")
 
     @property
     def url(self) -> str:

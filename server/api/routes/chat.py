@@ -28,7 +28,7 @@ class ChatAnswer(Answer):
         return bool(self.body.logprobs) or bool(self.body.return_token_ids) or self.running_usage
 
     def plain_choice(self, index: int) -> tuple[str, str]:
-        return f'{{"index":{index},"delta":{{"content":', '},"logprobs":null,"finish_reason":null}'
+        return f'{{"index":{index},"delta":{{"content":', '},"logprobs":null,"finish_reason":null,"stop_reason":null}'
 
     def opening(self, delta: Delta) -> str:
         """The role, and the last message if the answer is to begin with it."""
@@ -38,6 +38,7 @@ class ChatAnswer(Answer):
             "delta": {"role": "assistant", "content": begin},
             "logprobs": None,
             "finish_reason": None,
+            "stop_reason": None,
         }
         ids = {"prompt_token_ids": list(delta.choice.prompt.token_ids)} if self.body.return_token_ids else {}
         return self.full_event([choice], delta.choice, **ids)

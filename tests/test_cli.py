@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import server
 from server.cli import app, default_text
 from server.settings import FIELDS, flag, typed
+from tests.live import live_server
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("ENGRAM_")}, "COLUMNS": "200"}
@@ -110,8 +112,27 @@ def test_a_fresh_pack_is_what_the_flags_say(tmp_path: Path, tiny_llama_folder: P
     pack = tmp_path / "pack"
     arguments = ["--layers", "1,2", "--rows", "200", "--dim", "8", "--heads", "2", "--orders", "2,3"]
     done = run("attach", str(tiny_llama_folder), "--out", str(pack), *arguments)
-    assert (done.returncode, done.stdout) == (0, f"wrote {pack}\n"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, f"wrote {pack}"), done.stderr
     found = json.loads(run("inspect", str(pack), "--json").stdout)
     assert (found["layers"], found["orders"], found["heads"]) == ([1, 2], [2, 3], 2)
     again = run("attach", str(tiny_llama_folder), "--out", str(pack))
     assert (again.returncode, again.stderr.count("\n")) == (4, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_announces_a_line_that_works_and_leaves_quietly(
+    number: signal.Signals, tmp_path: Path, tiny_llama_folder: Path
+) -> None:
+    log = tmp_path / "log"
+    with live_server(log, "--model", str(tiny_llama_folder), "--kv-bytes", "8M") as live:
+        pasted = log.read_text().splitlines()[-1]
+        assert pasted.startswith(f"curl -N {live.url}/v1/chat/completions")
+        answer = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, timeout=60)
+        assert answer.stdout.rstrip().endswith("data: [DONE]")
+        busy = run("serve", "--port", str(live.port))
+        assert (busy.returncode, busy.stderr.count("\n")) == (2, 1)
+        assert f"cannot listen on 127.0.0.1:{live.port}" in busy.stderr
+        live.process.send_signal(number)
+        assert live.process.wait(20) == 0
+    assert "Traceback" not in log.read_text()

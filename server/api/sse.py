@@ -40,7 +40,80 @@ class ClientGone(Exception):
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled if the client leaves first. Raises ClientGone then."""
-    return await _race(work, _gone(request.receive))
+    gone = asyncio.create_task(_gone(request.receive))
+    try:
+        return await _race(work, gone)
+    finally:
+        gone.cancel()
+
+
+async def begun(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    """A response whose first chunk is there already, so that whatever fails before it has a status of its own."""
+    gone = asyncio.create_task(_gone(request.receive))
+    try:
+        first = await _race(_first(events), gone)
+    except BaseException:
+        gone.cancel()
+        await events.aclose()
+        raise
+    return EventStream(first, events, gone)
+
+
+class EventStream(Response):
+    """Sends `first`, then what `rest` yields, until it ends or `gone` is done; `rest` is closed either way."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], gone: asyncio.Task[None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._rest, self._gone = first, rest, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        silence = Silence(send)
+        try:
+            await _race(self._send_all(send, silence), self._gone)
+        except ClientGone:
+            pass
+        finally:
+            silence.end()
+            self._gone.cancel()
+            await self._rest.aclose()
+
+    async def _send_all(self, send: Send, silence: Silence) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        async for chunk in self._rest:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            silence.broken = True
+        silence.end()
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Silence:
+    """Sends a comment whenever a whole interval passed without a chunk: one timer, nothing per token."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.broken = send, False
+        self._task: asyncio.Task[None] | None = None
+        self._timer = self._wait()
+
+    def _wait(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._check)
+
+    def _check(self) -> None:
+        if not self.broken and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._comment())
+        self.broken = False
+        self._timer = self._wait()
+
+    async def _comment(self) -> None:
+        await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
 
 async def _gone(receive: Receive) -> None:
@@ -48,71 +121,19 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _race(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, None]) -> T:
-    task, watcher = asyncio.create_task(work), asyncio.create_task(gone)
+async def _first(events: AsyncIterator[bytes]) -> bytes:
+    return await anext(events)
+
+
+async def _race(work: Coroutine[Any, Any, T], gone: asyncio.Task[None]) -> T:
+    """Raises ClientGone if `gone` is done first; `work` has ended either way."""
+    task = asyncio.create_task(work)
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGone
     finally:
-        for each in (task, watcher):
-            if not each.done():
-                each.cancel()
-                await asyncio.wait((each,))
-
-
-class EventStream(Response):
-    """Sends `first`, then what `rest` yields, until it ends or the client leaves; `rest` is closed either way."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first, self._rest = first, rest
-        self._last_sent = 0.0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await _race(self._send_all(send), self._watch(receive, send))
-        except ClientGone:
-            pass
-        finally:
-            await self._rest.aclose()
-
-    async def _send_all(self, send: Send) -> None:
-        now = asyncio.get_running_loop().time
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        self._last_sent = now()
-        async for chunk in self._rest:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._last_sent = now()
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _watch(self, receive: Receive, send: Send) -> None:
-        """Until the client leaves; a comment whenever the stream was silent for long."""
-        loop = asyncio.get_running_loop()
-        gone = asyncio.create_task(_gone(receive))
-        try:
-            while not gone.done():
-                await asyncio.wait((gone,), timeout=KEEP_ALIVE_SECONDS)
-                if not gone.done() and loop.time() - self._last_sent >= KEEP_ALIVE_SECONDS:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-        finally:
-            gone.cancel()
-
-
-async def begun(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
-    """A response whose first chunk is there already, so that whatever fails before it has a status of its own."""
-    try:
-        first = await unless_gone(request, _first(events))
-    except BaseException:
-        await events.aclose()
-        raise
-    return EventStream(first, events)
-
-
-async def _first(events: AsyncIterator[bytes]) -> bytes:
-    return await anext(events)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))

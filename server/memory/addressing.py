@@ -159,8 +159,10 @@ class NGramAddresser(Addresser):
         return known if constants.lookup is None else constants.lookup[known]
 
     def _mix(self, windows: Any, blocked: Any, constants: Constants) -> Any:
-        """[L, T, O]. One plane a look-back: planes[s] becomes the hash of the last s + 1 ids."""
+        """[L, T, O]. One plane a look-back: planes[s] becomes the hash of the window's first s + 1 ids."""
         ids = self._hashed_ids(windows, blocked, constants)
+        if self.rule.oldest_first:
+            ids = constants.xp.flip(ids, (1,))
         planes = ids.T[:, None] * constants.multipliers
         for place in range(1, self.n):
             planes[place] ^= planes[place - 1]

@@ -40,7 +40,7 @@ class NGramRule:
 
     `vocab`: size that the multipliers were drawn for (V'). `ids`: ids below it are addressable; others count as
     blocked. `mapping`: raw id → compressed, [ids], or None where ids come as they are hashed. `boundary`: a look-back
-    ends at this id. `rows`: per table, padding included.
+    ends at this id. `rows`: per table, padding included. `oldest_first`: x_0 is the window's oldest id, not its newest.
     """
 
     layer_ids: tuple[int, ...]
@@ -54,6 +54,7 @@ class NGramRule:
     rows: tuple[int, ...]
     mapping: npt.NDArray[np.int64] | None = None
     boundary: int | None = None
+    oldest_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,11 @@ def qwen_rule(config: Config) -> NGramRule:
 
 
 def peft_rule(config: Config, tokenizer: Any) -> NGramRule:
-    """The library compresses base tokens only: an added token's id, and any id with compression off, stays as it is."""
+    """Two ways of the library's own, kept to the bit because its tables were trained with them:
+
+    it compresses base tokens only (an added token's id, and any id with compression off, stays as it is), and it counts
+    a window from its oldest id, so that of windows of 3 the 2-gram holds the two ids before the current one.
+    """
     if config.get("engine", "deepseek") != "deepseek":
         raise PackError(f"engine is {config['engine']!r}; of engram-peft's engines this server reads 'deepseek'")
     orders = integers(config, "ngram_sizes") if config.get("ngram_sizes") is not None else (2, 3)
@@ -158,6 +163,7 @@ def peft_rule(config: Config, tokenizer: Any) -> NGramRule:
     return replace(
         hashed(tuple(sorted(layers)), orders, heads, bases, vocab, pad, mapping, seed),
         ids=INT64_MAX if mapping is None else len(mapping),
+        oldest_first=True,
     )
 
 

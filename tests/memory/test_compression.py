@@ -44,6 +44,9 @@ def small_tokenizer() -> Tokenizer:
     tokenizer.add_tokens([AddedToken("Zurich"), AddedToken("zurich")])
     return tokenizer
 
+# Unicode's White_Space; str.strip() alone would also take the separators U+001C to U+001F.
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+
 
 def slow_normal_form(text: str) -> str:
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
@@ -52,9 +55,7 @@ def slow_normal_form(text: str) -> str:
     text = re.sub(r"[ \t\r\n]+", " ", text)
     if text == " ":
         return text
-    # Unicode's White_Space; str.strip() alone would also take the separators U+001C to U+001F
-    white = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
-    return text.strip(white)
+    return text.strip(WHITE)
 
 
 def slow_map(tokenizer: Tokenizer) -> list[int]:

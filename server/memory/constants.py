@@ -6,7 +6,7 @@
 
 Multipliers are odd and at most (2^63 - 1) / vocabulary, so id · multiplier stays below 2^63 and no product or XOR is
 ever negative. Knows nothing of configs or tables. Sources: the demo released with arXiv 2601.07372; SplitMix64 as in
-Steele, Lea and Flood 2014; Miller-Rabin with the first twelve primes as bases, deterministic below 3.3e24
+Steele, Lea and Flood 2014; Miller-Rabin with the first twelve primes as bases, deterministic below 3.1e23
 (Sorenson and Webster 2015).
 """
 

@@ -44,6 +44,7 @@ def small_tokenizer() -> Tokenizer:
     tokenizer.add_tokens([AddedToken("Zurich"), AddedToken("zurich")])
     return tokenizer
 
+
 # Unicode's White_Space; str.strip() alone would also take the separators U+001C to U+001F.
 WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
 

@@ -49,7 +49,7 @@ class Settings:
     kv_bytes: int = setting(
         0, "bytes for KV blocks; 0: a quarter of free memory, at most 2 GiB", "scheduler", size=True
     )
-    block_size: int = setting(32, "tokens per KV block", "scheduler")
+    block_size: int = setting(16, "tokens per KV block", "scheduler")
     prefix_cache: str = setting("on", "share KV blocks of equal prompt prefixes", "scheduler", choices=("on", "off"))
 
     host: str = setting("127.0.0.1", "address to bind", "http")

@@ -10,7 +10,7 @@ Measured against two simpler rules: docs/stem.md. Shapes: V tokens, H hidden wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import write_table
@@ -27,7 +28,7 @@ from server.commands.folders import new_folder
 from server.errors import PackError
 from server.memory.pack import StemConfig, table_file
 from server.models.config import ModelConfig
-from server.models.decoder import Decoder
+from server.models.decoder import Block, Decoder
 from server.models.source import ModelSource, open_source
 from server.models.weights import EMBEDDING, fingerprint, tensors
 from server.runtime.load import load
@@ -111,7 +112,9 @@ def inputs_of(model: str, layers: Sequence[int], ids: Sequence[int]) -> Inputs:
         for start in progress.track(range(0, len(ids), piece), description=f"reading {len(ids):,} tokens"):
             engine.submit(Submit(str(start), tuple(ids[start : start + piece]), params))
             while not engine.idle:
-                engine.step()
+                for output in engine.step().outputs:
+                    if output.error is not None:
+                        raise output.error
     return found
 
 
@@ -124,12 +127,17 @@ def watched(model: Decoder, found: Inputs) -> Iterator[None]:
         now[:] = [arguments[0].token_ids.cpu()]
         found.counts += torch.bincount(now[0], minlength=len(found.counts))
 
-    def keep(sums: Tensor) -> Any:
-        return lambda module, arguments, x: sums.index_add_(0, now[0], x.float().cpu()) and None
+    def keep(sums: Tensor) -> Callable[[Any, Any, Tensor], None]:
+        def add(module: Any, arguments: Any, x: Tensor) -> None:
+            sums.index_add_(0, now[0], x.float().cpu())
 
-    handles = [model.register_forward_pre_hook(begin)]
+        return add
+
+    handles: list[RemovableHandle] = [model.register_forward_pre_hook(begin)]
     for layer, sums in found.sums.items():
-        handles.append(model.blocks[layer].mlp_norm.register_forward_hook(keep(sums)))
+        block = model.blocks[layer]
+        assert isinstance(block, Block)
+        handles.append(block.mlp_norm.register_forward_hook(keep(sums)))
     try:
         yield
     finally:

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from server.batch import Bools, Ints
 from server.cache.row_table import RowTable
 from server.errors import PackError
@@ -21,6 +23,14 @@ class Attachment:
 
     def __init__(self, name: str, fingerprint: str, addresser: Addresser, tables: dict[int, RowTable]) -> None:
         self.name, self.fingerprint, self.addresser, self.tables = name, fingerprint, addresser, tables
+
+    @property
+    def conv_bytes_per_token(self) -> int:
+        """Bytes that one token slot holds for this pack beside keys and values."""
+        return 0
+
+    def allocate_conv(self, num_slots: int, device: torch.device) -> None:
+        """Makes room for them; shares the KV cache's block table."""
 
     def address(self, windows: Ints, blocked: Bools) -> Mapping[int, tuple[Ints, Ints]]:
         """Per layer, the row ids [T, C] and the hash before the modulus [T, O]."""

@@ -8,7 +8,8 @@
 
 The stored form is the contract: `format_version` 1 keeps loading. Everything that decides an address is stored and
 checked against what the tokenizer and the seeds give: a table read at wrong addresses is silently wrong, so it is
-refused loudly. A STEM pack (kind "stem") has config.json and tables only. Source of the addressing constants: arXiv 2601.07372 and its released demo.
+refused loudly. A STEM pack (kind "stem") has config.json and tables only. Source of the addressing constants: arXiv
+2601.07372 and its released demo.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class GroupedNorm(BranchNorm):
 
 
 class QwenPLE(MemoryLayer):
-    """`key_proj.weight` [hc · H, C · D], `value_proj.weight` [H, C · D], `conv1d.weight` [hc · H, 1, K], three norms."""
+    """`key_proj.weight` [hc · H, C · D], `value_proj.weight` [H, C · D], `conv1d.weight` [hc · H, 1, K], norms."""
 
     has_conv = True
 

@@ -108,12 +108,11 @@ def load(settings: Settings) -> Loaded:
     packs = open_packs(settings, source, dtype, device)
     replaced = frozenset(stem_layers(packs))
     model = build_model(source, dtype, device, max_len, frozenset() if settings.keep_up_projection else replaced)
-    engrams = [pack for pack in packs if isinstance(pack, AttachedPack)]
-    token_bytes = kv_bytes_per_token(source.config, dtype) + sum(pack.conv_bytes_per_token for pack in engrams)
+    token_bytes = kv_bytes_per_token(source.config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
     kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len)
     try:
         cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
-        for pack in engrams:
+        for pack in packs:
             pack.allocate_conv(kv.blocks * settings.block_size, device)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(
@@ -211,10 +210,11 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
         rows = sum(table.rows for table in pack.tables.values())
         size = sum(table.nbytes for table in pack.tables.values())
         layers = ", ".join(map(str, pack.config.layer_ids))
+        kind = "STEM" if isinstance(pack, StemPack) else "Engram"
         lines.append(
             (
                 f"memory {pack.name}",
-                f"{'STEM' if isinstance(pack, StemPack) else 'Engram'} at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
+                f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
                 f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
             )
         )

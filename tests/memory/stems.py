@@ -1,4 +1,4 @@
-"""STEM packs for tests, written with the safetensors library, and the formula inside transformers' Llama, in float64."""
+"""STEM packs for tests, written with the safetensors library, and the formula in float64 inside transformers' Llama."""
 
 from __future__ import annotations
 

@@ -210,11 +210,12 @@ def convert_stem(
 def inspect(
     path: Annotated[Path, typer.Argument(help="pack, adapter or checkpoint folder")],
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every row and look for NaN and infinity")] = False,
 ) -> None:
-    """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only."""
+    """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only, unless asked to verify."""
     from server.commands.inspect import inspect
 
-    inspect(path=path, json=json)
+    inspect(path=path, json=json, verify=verify)
 
 
 @bench.command()

@@ -38,7 +38,7 @@ from server.settings import DEFAULT_MODEL, Settings
 
 PIECE = 1024  # tokens of context that the text is read in
 CHUNK = 4096  # rows computed at once
-PRIOR = 4.0  # k: how many occurrences the prediction from the embedding counts for
+PRIOR = 1.0  # k: how many occurrences the prediction from the embedding counts for
 RIDGE = 1e-2  # of the mean squared embedding value
 
 

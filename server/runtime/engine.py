@@ -38,12 +38,14 @@ class Engine:
         max_waiting: int = 1024,
         packs: dict[str, str] | None = None,
         fixed: frozenset[str] = frozenset(),
+        redirectable: frozenset[str] = frozenset(),
     ) -> None:
         self.runner, self.pool = runner, pool
         self.scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self.scheduler.on_start = runner.table.start
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
-        self.max_waiting, self.packs, self.fixed = max_waiting, packs or {}, fixed
+        self.max_waiting, self.packs = max_waiting, packs or {}
+        self.fixed, self.redirectable = fixed, redirectable
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._requests: dict[str, list[Sequence]] = {}
@@ -151,6 +153,12 @@ class Engine:
             raise RequestError(
                 f"memory {name!r} stands in for a part of the model and cannot be left out; start the server with "
                 f"--keep-up-projection to choose per request",
+                param="memory",
+            )
+        if request.redirects and not self.redirectable.intersection(request.packs):
+            raise RequestError(
+                "a redirect needs a memory addressed by token ids, and this request reads none; attach a STEM pack: "
+                "--memory",
                 param="memory",
             )
         faults = self.runner.memories.faults() if self.runner.memories is not None and request.packs else {}

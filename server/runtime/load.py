@@ -47,6 +47,12 @@ class Loaded:
         packs = self.memories.packs if self.memories is not None else ()
         return frozenset(pack.name for pack in packs if self.model.without_up.intersection(stem_layers([pack])))
 
+    @property
+    def redirectable(self) -> frozenset[str]:
+        """Names of the packs that a token id addresses, where a prompt's places can read other tokens' rows."""
+        packs = self.memories.packs if self.memories is not None else ()
+        return frozenset(pack.name for pack in packs if isinstance(pack, StemPack))
+
 
 def choose_device(settings: Settings) -> torch.device:
     """Raises SettingsError for a device that is not there."""

@@ -49,6 +49,7 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
         max_waiting=settings.max_waiting,
         packs={pack.name: pack.fingerprint for pack in loaded.memories.packs} if loaded.memories else None,
         fixed=loaded.fixed,
+        redirectable=loaded.redirectable,
     )
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
 from server.batch import Batch
 from server.memory.addressing import from_config, windows_of
+from server.memory.attached import FORMS
 from server.memory.deepseek import DeepSeekEngram
 from server.memory.layer import EngramShape
 from server.memory.qwen_ple import QwenPLE
 from server.memory.short_conv import ConvRead, ConvSlots
+from server.runtime.messages import Submit
+from tests.engines import engine_on, logits_of, outputs_of
+from tests.memory.test_memory import ONE, last_logits
 
 # fp32 sums of at most 64 products in another order; values reach about 10.
 TOLERANCE = 5e-5
@@ -166,3 +174,33 @@ def test_a_score_of_exactly_zero_opens_the_deepseek_gate_by_a_thousandth(deepsee
     key[..., 0] = 0  # disjoint: every product is exactly zero
     gates = deepseek.gate(query, key)
     assert torch.allclose(gates.double(), torch.tensor(1 / (1 + math.exp(-1e-3))).double(), atol=1e-7)  # fp32's digits
+
+
+@pytest.mark.parametrize("form", ["deepseek-v4.1", "qwen-ple"])
+def test_a_pack_of_another_form_serves_in_chunks_as_at_once(
+    tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...], tmp_path: Path, form: str
+) -> None:
+    """Through the engine, the paper's addresses with another consumer: at once, in chunks, and after a prefix hit."""
+    pack = tmp_path / "pack"
+    shutil.copytree(pack_a, pack)
+    content = json.loads((pack / "config.json").read_text())
+    (pack / "config.json").write_text(json.dumps({**content, "form": form}))
+    generator = torch.Generator().manual_seed(3)
+    shape = EngramShape(64, 2 * 4 * 16)
+    parameters = FORMS[form](shape, torch.float32).named_parameters()
+    modules = {
+        f"layers.{layer}.{name}": torch.randn(value.shape, generator=generator)
+        for name, value in list(parameters)
+        for layer in (1, 3)
+    }
+    save_file(modules, pack / "modules.safetensors")
+    made = [
+        engine_on(str(tiny_llama_folder), memory=(f"a={pack}",), max_num_batched_tokens=budget) for budget in (512, 7)
+    ]
+    whole, chunked = (logits_of(engine, prompt, ("a",)) for engine in made)
+    assert torch.allclose(whole, chunked, atol=1e-3)  # as in test_memory: logits of 60 in fp32, four layers
+    assert (whole - logits_of(made[0], prompt)).abs().max() > 1
+    outputs_of(made[0], [Submit("first", prompt[:64], ONE, ("a",))])
+    after = last_logits(made[0], Submit("second", prompt[:70], ONE, ("a",)))
+    assert made[0].scheduler.prefix_hits >= 64
+    assert torch.allclose(after, whole[69], atol=1e-3)

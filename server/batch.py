@@ -61,6 +61,12 @@ class Batch:
         return len(self.context_len)
 
     @property
+    def host_positions(self) -> Ints:
+        """`positions`, on the host."""
+        counts = np.diff(self.query_start)
+        return np.arange(self.num_tokens) + np.repeat(self.context_len - self.query_start[1:], counts)
+
+    @property
     def sequence_of(self) -> Ints:
         """[T] index of the sequence each token belongs to."""
         return np.repeat(np.arange(self.num_sequences), np.diff(self.query_start))

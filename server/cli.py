@@ -30,6 +30,7 @@ bench = typer.Typer(
 )
 app.add_typer(bench)
 
+ROW_TYPES = "auto|float32|float16|bfloat16|int8|float8_e4m3|float8_e4m3_e8m0"
 DTYPES = "|".join(FIELDS["dtype"].metadata["choices"])
 ModelArgument = Annotated[str, typer.Argument(help=FIELDS["model"].metadata["help"])]
 SIZES = (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10))
@@ -147,8 +148,20 @@ def attach(
     orders: Annotated[str, typer.Option(help="lengths of the n-grams that are looked up, as 2,3")] = "2,3",
     seed: Annotated[int, typer.Option(min=0, help="of the hash constants and the fresh rows")] = 0,
     dtype: Annotated[str, typer.Option(help="type of the rows", metavar="bfloat16|float16|float32")] = "bfloat16",
+    stem: Annotated[
+        str | None, typer.Option(help="make a STEM pack instead: layers whose up-projection it replaces, as 9,13,17")
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="text that the STEM rows are made from (with --stem)")] = None,
 ) -> None:
-    """Make a fresh memory pack for a model: an exact no-op until it is taught."""
+    """Make a memory pack for a model: a fresh Engram, an exact no-op until it is taught; or STEM rows from a text."""
+    if (stem is None) != (calibrate is None):
+        raise SettingsError("--stem and --calibrate belong together: give the layers and a text to read")
+    if stem is not None and calibrate is not None:
+        from server.commands.attach_stem import attach_stem
+
+        attach_stem(model=model, out=out, layers=numbers("--stem", stem), calibrate=calibrate, dtype=dtype)
+        typer.echo(f"wrote {out}")
+        return
     chosen = {"layers": numbers("--layers", layers), "orders": numbers("--orders", orders)}
     from server.commands.attach import attach
 
@@ -165,14 +178,44 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 @app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="pack whose tables are written anew", metavar="IN")],
+    out: Annotated[Path, typer.Option(help="folder of the new pack")],
+    layout: Annotated[
+        str, typer.Option(help="packed: values and scale in one aligned row", metavar="packed|apart")
+    ] = "packed",
+    dtype: Annotated[str, typer.Option(help="type of the rows; auto: as they are", metavar=ROW_TYPES)] = "auto",
+) -> None:
+    """Write a pack's tables in another layout or row type. Run again, it goes on after the last finished table."""
+    from server.commands.pack import pack
+
+    pack(source=source, out=out, layout=layout, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def convert_stem(
+    source: Annotated[Path, typer.Argument(help="checkpoint folder of the reference repository", metavar="IN")],
+    out: Annotated[Path, typer.Option(help="folder of the new pack")],
+    dtype: Annotated[str, typer.Option(help="type of the rows", metavar="bfloat16|float16|float32")] = "bfloat16",
+) -> None:
+    """Make a STEM pack of a checkpoint's stem_shards. Unpickles tensors only; the server itself never does."""
+    from server.commands.convert_stem import convert_stem
+
+    convert_stem(source=source, out=out, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="pack, adapter or checkpoint folder")],
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every row and look for NaN and infinity")] = False,
 ) -> None:
-    """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only."""
+    """Say what a folder holds: family, layers, heads, rows, bytes. Reads headers only, unless asked to verify."""
     from server.commands.inspect import inspect
 
-    inspect(path=path, json=json)
+    inspect(path=path, json=json, verify=verify)
 
 
 @bench.command()

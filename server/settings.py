@@ -42,6 +42,9 @@ class Settings:
 
     memory: tuple[str, ...] = setting((), "memory pack to attach: PATH or NAME=PATH; may be repeated", "memory")
     prefetch: str = setting("on", "fetch rows ahead of the layer that reads them", "memory", choices=("on", "off"))
+    keep_up_projection: bool = setting(
+        False, "keep what a STEM memory replaces, so that requests may do without the memory", "memory"
+    )
     staging: int = setting(64 * MIB, "bytes of staging buffers for fetched rows", "memory", size=True)
 
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")

@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 class MemoryView:
     """The packs a sequence reads, by name and content fingerprint, in attachment order.
 
+    `redirects`: (position, tokens) - token-id tables read the rows of these tokens at this place of the prompt, their
+    mean if there are several; text, embedding and n-grams stay as they are.
+
     `key` (SHA-256, 32 bytes) seeds the prefix cache's block-hash chain together with `salt` (a tenant's secret):
     two requests share a KV block only if tokens, view and salt agree.
     """
 
     packs: tuple[tuple[str, str], ...] = ()
     salt: bytes = b""
+    redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
     key: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -27,6 +31,8 @@ class MemoryView:
         for part in (len(self.packs).to_bytes(4, "little"), *(f"{n}\0{f}\0".encode() for n, f in self.packs)):
             digest.update(part)
         digest.update(len(self.salt).to_bytes(4, "little") + self.salt)
+        if self.redirects:
+            digest.update(repr(self.redirects).encode())
         object.__setattr__(self, "key", digest.digest())
 
     @property

@@ -22,6 +22,7 @@ from server.api.schemas import SamplingFields, check_extra_fields
 from server.api.service import Service
 from server.api.sse import DONE, compact, event, quoted
 from server.errors import EngramError, RequestError
+from server.memory.redirects import Places, Redirect, resolve
 from server.runtime.messages import SamplingParams
 
 
@@ -43,7 +44,11 @@ class Answer(ABC):
         self.include_usage = options is not None and bool(options.include_usage)
         self.running_usage = self.include_usage and bool(options and options.continuous_usage_stats)
         self.arrival: float = request.state.arrival
-        self.head = {"id": f"{self.prefix}-{request.state.request_id}", "created": int(time.time()), "model": model}
+        self.head: dict[str, Any] = {
+            "id": f"{self.prefix}-{request.state.request_id}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self.spelling = Spelling(service.pieces, as_ids=bool(body.return_tokens_as_token_ids))
         self._full = self.always_full
         self._before: dict[int, str] = {}
@@ -76,6 +81,7 @@ class Answer(ABC):
 
     def generation(self, prompts: list[Prompt], params: list[SamplingParams]) -> Generation:
         body = self.body
+        redirects = self._redirects(prompts)
         return Generation(
             self.service,
             prompts,
@@ -90,7 +96,29 @@ class Answer(ABC):
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special=body.skip_special_tokens is not False,
             ),
+            redirects=redirects,
         )
+
+    def _redirects(self, prompts: list[Prompt]) -> list[Places]:
+        """Each prompt's places, all redirects together; the answer's head lists them. Raises RequestError."""
+        asked = self.body.memory.redirect if self.body.memory is not None else []
+        if not asked:
+            return [()] * len(prompts)
+        named = [Redirect(each.source, each.target, each.mode, each.occurrence == "last") for each in asked]
+        tokenizer, pieces = self.service.source.tokenizer, self.service.pieces
+        pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
+        found = [
+            resolve(named, prompt.token_ids, piece=pieces.__getitem__, encode=tokenizer.encode, pad=pad)
+            for prompt in prompts
+        ]
+        self.head["memory"] = {
+            "redirects": [
+                {"prompt": number, "from": each.source, "to": each.target, "positions": [at for at, _ in places]}
+                for number, of_prompt in enumerate(found)
+                for each, places in zip(named, of_prompt, strict=True)
+            ]
+        }
+        return [tuple(sorted(place for places in of_prompt for place in places)) for of_prompt in found]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer when all its choices have ended."""

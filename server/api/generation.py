@@ -17,6 +17,7 @@ from typing import cast
 from server.api.prompts import Prompt
 from server.api.service import Service
 from server.errors import NotReady, RequestError
+from server.memory.redirects import Places
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
 from server.runtime.messages import FinishReason, Logprobs, SamplingParams, Submit, TokenOutput
@@ -59,7 +60,7 @@ class Delta:
 
 
 class Generation:
-    """The answers to all prompts of one request, n each."""
+    """The answers to all prompts of one request, n each. `redirects`: those of each prompt."""
 
     def __init__(
         self,
@@ -73,14 +74,15 @@ class Generation:
         packs: tuple[str, ...],
         salt: bytes,
         options: Options,
+        redirects: list[Places],
     ) -> None:
         self._client, self._metrics = service.client, service.metrics
         self._eos = frozenset(service.source.tokenizer.eos_token_ids)
         self._arrival, self._options = arrival, options
         self._submits: list[Submit] = []
         self._children: list[list[Choice]] = []
-        for number, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
-            submit = Submit(f"{request_id}-{number}", prompt.token_ids, own, packs, salt, n, arrival)
+        for number, (prompt, own, places) in enumerate(zip(prompts, params, redirects, strict=True)):
+            submit = Submit(f"{request_id}-{number}", prompt.token_ids, own, packs, salt, n, arrival, places)
             self._submits.append(submit)
             self._children.append(
                 [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.sse import compact
 
@@ -48,6 +48,19 @@ class Usage(Reply):
     prompt_tokens_details: CachedTokens
 
 
+class RedirectedPlaces(Reply):
+    """Where a redirect took effect: positions among the prompt's tokens, from 0."""
+
+    prompt: int
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    positions: list[int]
+
+
+class MemoryReport(Reply):
+    redirects: list[RedirectedPlaces]
+
+
 class CompletionLogprobLists(Reply):
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -75,6 +88,7 @@ class Completion(Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    memory: MemoryReport | None = None
 
 
 class ChatToken(Reply):
@@ -114,6 +128,7 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    memory: MemoryReport | None = None
 
 
 class Model(Reply):

@@ -7,7 +7,7 @@ ignoring them would change the answer in silence; unknown ones pass and are coun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,7 @@ INT64 = (1 << 63) - 1
 MOST_CHOICES = 128  # OpenAI's bound on n
 MOST_STOPS = 64
 MOST_BIASES = 1024
+MOST_REDIRECTS = 64
 
 Int = Annotated[int, Field(ge=-INT64 - 1, le=INT64)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
@@ -34,8 +35,22 @@ class StreamOptions(Wire):
     continuous_usage_stats: bool | None = None
 
 
+class RedirectChoice(Wire):
+    source: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        alias="from", description="a name in the prompt"
+    )
+    target: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        alias="to", description="the name whose rows token-id memories read there"
+    )
+    mode: Literal["auto", "one_to_one", "average", "copy", "left_pad", "right_pad"] = "auto"
+    occurrence: Literal["all", "last"] = "all"
+
+
 class MemoryChoice(Wire):
     enabled: bool = Field(True, description="false: answer without the attached memories")
+    redirect: Annotated[list[RedirectChoice], Field(max_length=MOST_REDIRECTS)] = Field(
+        default_factory=list, description="names of the prompt that token-id memories (STEM) shall read as others"
+    )
 
 
 class SamplingFields(Wire):

@@ -6,8 +6,6 @@ adds exactly nothing. The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 
 from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import random_rows, write_table
+from server.commands.folders import new_folder
 from server.errors import PackError
 from server.memory.addressing import from_config
 from server.memory.compression import compression_map, map_sha256
@@ -45,16 +44,8 @@ def attach(
     check(layers, rows, dim, heads, orders, out)
     source = open_source(model)
     config = fresh_config(source, layers, rows, dim, heads, orders, seed, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        write_pack(partial, config)
-        partial.chmod(0o755)
-        partial.rename(out)
-    except OSError as error:
-        raise PackError(f"{out} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as folder:
+        write_pack(folder, config)
     return out
 
 

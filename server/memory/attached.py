@@ -5,7 +5,6 @@ open_pack(folder)   reads config and headers, checks every promise, loads the sm
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from server.batch import Bools, Ints
 from server.cache.row_table import RowTable
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
+from server.memory.attachment import Attachment, fingerprint, open_tables
 from server.memory.compression import compression_map, map_sha256
-from server.memory.engram import ConvSlots, Engram
-from server.memory.pack import MODULES, PackConfig, engram_shape, table_file
+from server.memory.deepseek import DeepSeekEngram
+from server.memory.engram import Engram
+from server.memory.layer import MemoryLayer
+from server.memory.pack import MODULES, PackConfig, StemConfig, engram_shape, read_config
+from server.memory.qwen_ple import QwenPLE
+from server.memory.short_conv import ConvSlots
+from server.memory.stem import StemPack, open_stem
+
+FORMS: dict[str, type[MemoryLayer]] = {"paper": Engram, "deepseek-v4.1": DeepSeekEngram, "qwen-ple": QwenPLE}
 
 
-class AttachedPack:
-    """`name` as clients say it; `fingerprint` changes whenever what the pack answers could change."""
+class AttachedPack(Attachment):
+    """An Engram pack, with the modules that consume its rows."""
 
     def __init__(
         self,
@@ -33,27 +39,27 @@ class AttachedPack:
         config: PackConfig,
         addresser: Addresser,
         tables: dict[int, RowTable],
-        modules: dict[int, Engram],
+        modules: Mapping[int, MemoryLayer],
     ) -> None:
-        self.name, self.fingerprint, self.config = name, fingerprint, config
-        self.addresser, self.tables, self.modules = addresser, tables, modules
+        super().__init__(name, fingerprint, addresser, tables)
+        self.config, self.modules = config, modules
         self.shape = next(iter(modules.values())).shape
         self.conv_slots: dict[int, ConvSlots] = {}
 
     @property
     def conv_bytes_per_token(self) -> int:
         """Bytes of convolution inputs that one token slot holds over all layers of the pack."""
-        sizes = {layer: module.conv.dtype.itemsize * module.conv.shape[0] for layer, module in self.modules.items()}
-        return sum(sizes.values())
+        return sum(module.conv_bytes_per_token for module in self.modules.values())
+
+    @property
+    def has_conv(self) -> bool:
+        return self.conv_bytes_per_token > 0
 
     def allocate_conv(self, num_slots: int, device: torch.device) -> None:
         """One convolution input per token slot; shares the KV cache's block table."""
         for layer, module in self.modules.items():
-            self.conv_slots[layer] = ConvSlots(num_slots, module.conv.shape[0], module.conv.dtype, device)
-
-    def address(self, windows: Ints, blocked: Bools) -> Mapping[int, tuple[Ints, Ints]]:
-        """Per layer, the row ids [T, C] and the hash before the modulus [T, O]."""
-        return self.addresser.address(windows, blocked)
+            if module.has_conv:
+                self.conv_slots[layer] = ConvSlots(num_slots, module.conv_width, module.dtype, device)
 
 
 def open_pack(
@@ -62,13 +68,22 @@ def open_pack(
     name: str,
     tokenizer: Any,
     hidden_size: int,
+    intermediate_size: int,
     num_layers: int,
     vocab_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> AttachedPack:
+) -> AttachedPack | StemPack:
     """Opens and checks a pack for this backbone. Raises PackError or TableError with both values of what differs."""
-    config = PackConfig.read(folder)
+    config = read_config(folder)
+    if isinstance(config, StemConfig):
+        config.check_backbone(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+        )
+        return open_stem(folder, name, config, dtype, device)
     mapping = compression_map(tokenizer)
     config.check_backbone(
         hidden_size=hidden_size,
@@ -78,37 +93,28 @@ def open_pack(
         compressed=int(mapping.max()) + 1,
     )
     addresser = from_config(config.addressing(), tokenizer=tokenizer)
-    tables = {layer: open_table(folder, layer, config, addresser) for layer in config.layer_ids}
+    tables = open_tables(folder, addresser, config.head_dim)
     modules = load_modules(folder, config, dtype, device)
-    return AttachedPack(name, fingerprint(folder, config), config, addresser, tables, modules)
+    return AttachedPack(name, fingerprint(folder, config.layer_ids), config, addresser, tables, modules)
 
 
-def open_table(folder: Path, layer: int, config: PackConfig, addresser: Addresser) -> RowTable:
-    table = RowTable.open(folder / table_file(layer), name=f"{folder.name}/{layer}")
-    expected = addresser.rows_per_table[layer]
-    if table.rows != expected or table.dim != config.head_dim:
-        raise PackError(
-            f"{folder / table_file(layer)} holds {table.rows} rows of {table.dim} values; config.json's primes need "
-            f"{expected} rows of {config.head_dim}"
-        )
-    return table
-
-
-def load_modules(folder: Path, config: PackConfig, dtype: torch.dtype, device: torch.device) -> dict[int, Engram]:
+def load_modules(folder: Path, config: PackConfig, dtype: torch.dtype, device: torch.device) -> dict[int, MemoryLayer]:
     """The small weights. Raises PackError for a missing or misshapen tensor and for values that are not finite."""
     path = folder / MODULES
-    modules: dict[int, Engram] = {}
+    if config.form not in FORMS:
+        raise PackError(f"{folder} has layers of the form {config.form!r}; this server reads {', '.join(FORMS)}")
+    modules: dict[int, MemoryLayer] = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for layer in config.layer_ids:
-                engram = Engram(engram_shape(config), dtype)
-                for parameter_name, parameter in engram.named_parameters():
+                module = FORMS[config.form](engram_shape(config), dtype)
+                for parameter_name, parameter in module.named_parameters():
                     key = f"layers.{layer}.{parameter_name}"
                     if key not in names:
                         raise PackError(f"{path} lacks the tensor {key}")
                     copy_checked(parameter, file.get_tensor(key), f"{path}: {key}")
-                modules[layer] = engram.to(device).eval().requires_grad_(False)
+                modules[layer] = module.to(device).eval().requires_grad_(False)
     except (SafetensorError, OSError) as error:
         raise PackError(f"{path} cannot be read: {error}") from None
     return modules
@@ -121,14 +127,3 @@ def copy_checked(parameter: Tensor, value: Tensor, what: str) -> None:
     if not torch.isfinite(value).all():
         raise PackError(f"{what} holds NaN or infinity; the pack is damaged")
     parameter.copy_(value)
-
-
-def fingerprint(folder: Path, config: PackConfig) -> str:
-    """SHA-256 over config, modules and each table's size and modification time: no table byte is read."""
-    digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("*.json")), folder / MODULES]:
-        digest.update(path.name.encode() + path.read_bytes())
-    for layer in config.layer_ids:
-        status = (folder / table_file(layer)).stat()
-        digest.update(f"{layer}:{status.st_size}:{status.st_mtime_ns};".encode())
-    return digest.hexdigest()

@@ -1,10 +1,11 @@
 """The packs attached to one model, and what one step does with them.
 
-    begin(batch)   address every pack's rows for the tokens that see it, queue the fetches in layer order, return
-    step.add(l)    at layer l: wait for this layer's rows only, gate them in
+    begin(batch)        address every pack's rows for the tokens that see it, queue the fetches in layer order, return
+    step.add(l)         at layer l, before attention: wait for this layer's Engram rows only, gate them in
+    step.up(l, dense)   at layer l, in its feed-forward block: the STEM rows in place of the up-projection
 
-Each token reads the packs of its own sequence's view and no other; the packs of one layer all read the hidden state
-as it was before any of them. Knows views and addresses; nothing of where rows live or of who asked.
+Each token reads the packs of its own sequence's view and no other; the Engram packs of one layer all read the hidden
+state as it was before any of them. Knows views and addresses; nothing of where rows live or of who asked.
 """
 
 from __future__ import annotations
@@ -20,82 +21,111 @@ from torch import Tensor
 from server.batch import Batch, Bools, Ints
 from server.cache.prefetcher import Fetch, Lookup, Prefetcher
 from server.memory.attached import AttachedPack
-from server.memory.engram import ConvRead
+from server.memory.attachment import Attachment
+from server.memory.short_conv import ConvRead
+from server.memory.stem import StemPack, StemReading, redirected
 from server.view import MemoryView
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """The tokens of one step that see a pack: their indices on the host and on the device (None: all), their windows.
+
+    `means`: index among them → the tokens whose mean row a redirect makes them read.
+    """
+
+    tokens: Ints | None
+    index: Tensor | None
+    windows: Ints
+    blocked: Bools
+    means: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
-    """One pack at one layer in one step: the fetch, and the tokens that see the pack (None: all)."""
+    """One Engram pack at one layer in one step."""
 
     pack: AttachedPack
     layer: int
     fetch: Fetch
     tokens: Tensor | None
+    dead: Tensor | None
 
 
 @dataclass(slots=True)
 class MemoryStep:
-    """One step's rows on their way. `layers`: the decoder layers that read some."""
+    """One step's rows on their way, by decoder layer."""
 
     batch: Batch
     readings: dict[int, list[Reading]] = field(default_factory=dict)
+    ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[str, ConvRead] = field(default_factory=dict)
 
     @property
     def layers(self) -> frozenset[int]:
+        """The layers with something to add."""
         return frozenset(self.readings)
+
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection is replaced."""
+        return frozenset(self.ups)
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] plus what this layer's packs give. Waits for this layer's rows; raises their TableError."""
         total = hidden
         for reading in self.readings[layer]:
             rows = reading.fetch.wait()
-            engram, slots = reading.pack.modules[layer], reading.pack.conv_slots[layer]
+            module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
             conv = self._conv_read(reading)
             if reading.tokens is None:
-                total = total + engram(hidden, rows, slots, conv)
+                total = total + module(hidden, rows, slots, conv, reading.dead)
             else:
-                added = engram(hidden.index_select(0, reading.tokens), rows, slots, conv)
+                added = module(hidden.index_select(0, reading.tokens), rows, slots, conv, reading.dead)
                 total = total.index_add(0, reading.tokens, added)
         return total
 
-    def _conv_read(self, reading: Reading) -> ConvRead:
-        """Where the pack's convolutions read: made at its first layer, the same for the others."""
-        name, shape = reading.pack.name, reading.pack.shape
-        if name not in self.conv_reads:
-            self.conv_reads[name] = ConvRead.of(self.batch, shape.kernel_size, shape.dilation, reading.tokens)
-        return self.conv_reads[name]
+    def _conv_read(self, reading: Reading) -> ConvRead | None:
+        """Where the pack's convolutions read, if it has any: made at its first layer, the same for the others."""
+        pack, shape = reading.pack, reading.pack.shape
+        if not pack.has_conv:
+            return None
+        if pack.name not in self.conv_reads:
+            self.conv_reads[pack.name] = ConvRead.of(self.batch, shape.kernel_size, shape.dilation, reading.tokens)
+        return self.conv_reads[pack.name]
+
+    def up(self, layer: int, dense: Tensor | None) -> Tensor:
+        """[T, F] in place of the layer's up-projection, `dense`, where that is there. Raises the rows' TableError."""
+        return self.ups[layer].up(dense)
 
 
 class Memories:
     """`packs` in attachment order. `window`: the longest n-gram any of them looks at."""
 
-    def __init__(self, packs: Sequence[AttachedPack], prefetcher: Prefetcher) -> None:
+    def __init__(self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher) -> None:
         self.packs, self.prefetcher = tuple(packs), prefetcher
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
     def begin(self, batch: Batch) -> MemoryStep | None:
         """Queues the fetches of all layers and returns; None if no token of the batch sees a memory."""
-        planned: list[tuple[int, AttachedPack, Lookup, Ints | None]] = []
+        planned: list[tuple[int, AttachedPack | StemPack, Lookup, Seen]] = []
         for pack in self.packs:
-            tokens = tokens_that_see(batch, pack.name)
-            if tokens is not None and not len(tokens):
-                continue
-            windows, blocked = batch.windows, batch.blocked
-            if tokens is not None:
-                windows, blocked = windows[tokens], blocked[tokens]
-            for layer, (row_ids, keys) in pack.address(windows, blocked).items():
-                planned.append((layer, pack, Lookup(pack.tables[layer], layer, row_ids, keys), tokens))
+            seen = seen_by(batch, pack)
+            if seen is not None:
+                planned += [(lookup.layer, pack, lookup, seen) for lookup in lookups(pack, seen.windows, seen.blocked)]
         if not planned:
             return None
-        planned.sort(key=lambda plan: plan[0])
+        planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
         fetches = self.prefetcher.begin([plan[2] for plan in planned])
         step = MemoryStep(batch)
-        for (layer, pack, _, tokens), fetch in zip(planned, fetches, strict=True):
-            index = None if tokens is None else torch.from_numpy(tokens).to(batch.slots.device)
-            step.readings.setdefault(layer, []).append(Reading(pack, layer, fetch, index))
+        for (layer, pack, _, seen), fetch in zip(planned, fetches, strict=True):
+            if isinstance(pack, StemPack):
+                means = tuple((index, pack.mean_row(layer, tokens)) for index, tokens in seen.means.items())
+                step.ups[layer] = StemReading(fetch, seen.index, means)
+                continue
+            reading = Reading(pack, layer, fetch, seen.index, dead_tokens(batch, seen))
+            step.readings.setdefault(layer, []).append(reading)
         return step
 
     def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
@@ -107,9 +137,9 @@ class Memories:
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.name in view.names for view in views):
-                addresses = pack.address(sequences_windows, blocked)
-                planned += [Lookup(pack.tables[layer], layer, *address) for layer, address in addresses.items()]
-        self.prefetcher.hint(sorted(planned, key=lambda lookup: lookup.layer))
+                planned += lookups(pack, sequences_windows, blocked)
+        planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
+        self.prefetcher.hint(planned)
 
     def page_in(self, windows: Ints, blocked: Bools, view: MemoryView) -> None:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
@@ -130,9 +160,52 @@ class Memories:
                 table.close()
 
 
-def ask_for_pages(pack: AttachedPack, windows: Ints, blocked: Bools) -> None:
+def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools) -> None:
     for layer, (row_ids, _) in pack.address(windows, blocked).items():
         pack.tables[layer].page_in(np.unique(row_ids))
+
+
+def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:
+    """One a layer. Token-id rows are large and repeat within a step, so that each distinct one is read once."""
+    dedup = isinstance(pack, StemPack)
+    addresses = pack.address(windows, blocked)
+    return [Lookup(pack.tables[layer], layer, *address, dedup=dedup) for layer, address in addresses.items()]
+
+
+def seen_by(batch: Batch, pack: Attachment) -> Seen | None:
+    """The batch's tokens whose view holds the pack, redirects applied for token-id tables; None if there are none."""
+    tokens = tokens_that_see(batch, pack.name)
+    if tokens is None:
+        seen = Seen(None, None, batch.windows, batch.blocked)
+    elif len(tokens):
+        index = torch.from_numpy(tokens).to(batch.slots.device)
+        seen = Seen(tokens, index, batch.windows[tokens], batch.blocked[tokens])
+    else:
+        return None
+    if isinstance(pack, StemPack) and any(view.redirects for view in batch.views):
+        return redirect(batch, seen)
+    return seen
+
+
+def redirect(batch: Batch, seen: Seen) -> Seen:
+    ids, positions = seen.windows[:, :1].copy(), batch.host_positions
+    means: dict[int, tuple[int, ...]] = {}
+    for number, view in enumerate(batch.views):
+        if view.redirects:
+            of_view = batch.view_of if seen.tokens is None else batch.view_of[seen.tokens]
+            where = np.flatnonzero(of_view == number)
+            at = where if seen.tokens is None else seen.tokens[where]
+            own = ids[where]
+            several = redirected(own, positions[at], dict(view.redirects))
+            ids[where] = own
+            means |= {int(where[index]): tokens for index, tokens in several.items()}
+    return Seen(seen.tokens, seen.index, ids, seen.blocked, means)
+
+
+def dead_tokens(batch: Batch, seen: Seen) -> Tensor | None:
+    """bool[T] of the tokens that take part in no n-gram; None when there are none, as in plain text."""
+    dead = seen.blocked[:, 0]
+    return torch.from_numpy(dead.copy()).to(batch.slots.device) if dead.any() else None
 
 
 def tokens_that_see(batch: Batch, name: str) -> Ints | None:

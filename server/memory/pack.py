@@ -8,18 +8,20 @@
 
 The stored form is the contract: `format_version` 1 keeps loading. Everything that decides an address is stored and
 checked against what the tokenizer and the seeds give: a table read at wrong addresses is silently wrong, so it is
-refused loudly. Source of the addressing constants: arXiv 2601.07372 and its released demo.
+refused loudly. A STEM pack (kind "stem") has config.json and tables only. Source of the addressing constants: arXiv
+2601.07372 and its released demo.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from server.errors import PackError
-from server.memory.engram import EngramShape
+from server.memory.layer import EngramShape
 
 FORMAT_VERSION = 1
 CONFIG, MODULES = "config.json", "modules.safetensors"
@@ -51,6 +53,7 @@ class PackConfig:
     kernel_size: int = 4
     norm_eps: float = 1e-6
     branches: int = 1
+    form: str = "paper"  # which of `attached.FORMS` reads the rows
     trained_steps: int = 0
     kind: str = "engram"
     format_version: int = FORMAT_VERSION
@@ -70,32 +73,20 @@ class PackConfig:
     @classmethod
     def read(cls, folder: Path) -> PackConfig:
         """Raises PackError naming the folder and what is wrong with it."""
-        path = folder / CONFIG
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
-        except ValueError as error:
-            raise PackError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(content, dict) or "format_version" not in content:
-            raise PackError(f"{path} has no format_version; it is not a memory pack's")
-        if content["format_version"] != FORMAT_VERSION or content.get("kind") != "engram":
-            raise PackError(
-                f"{path} is kind {content.get('kind')!r}, format {content['format_version']}; this server reads "
-                f"kind 'engram', format {FORMAT_VERSION}"
-            )
-        known = set(cls.__dataclass_fields__)
-        missing = {name for name in known if name not in content} - OPTIONAL
-        if missing:
-            raise PackError(f"{path} lacks {', '.join(sorted(missing))}")
-        values = {name: content[name] for name in known & content.keys()}
+        config = read_config(folder)
+        if not isinstance(config, cls):
+            raise PackError(f"{folder} is a pack of kind {config.kind!r}; an Engram pack is needed here")
+        return config
+
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> PackConfig:
+        values = known_fields(content, set(cls.__dataclass_fields__), OPTIONAL, path)
         values["layer_ids"] = tuple(values["layer_ids"])
         values["engram_vocab_size"] = tuple(values["engram_vocab_size"])
         return cls(**values)
 
     def write(self, folder: Path) -> None:
-        content = json.dumps(asdict(self), indent=2) + "\n"
-        (folder / CONFIG).write_text(content, encoding="utf-8")
+        write_config(folder, asdict(self))
 
     def check_backbone(
         self, *, hidden_size: int, num_layers: int, vocab_size: int, sha256: str, compressed: int
@@ -107,15 +98,11 @@ class PackConfig:
             ("compressed vocabulary", self.compressed_vocab_size, compressed),
             ("compression map SHA-256", self.compression_sha256, sha256),
         ]
-        for what, mine, theirs in pairs:
-            if mine != theirs:
-                raise PackError(f"the pack was made for a {what} of {mine} and the model has {theirs}")
-        for layer in self.layer_ids:
-            if not 0 <= layer < num_layers:
-                raise PackError(f"the pack reads at layer {layer} and the model has layers 0..{num_layers - 1}")
+        check_pairs(pairs)
+        check_layers(self.layer_ids, num_layers)
 
 
-OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "trained_steps", "extra"}
+OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "form", "trained_steps", "extra"}
 
 
 def engram_shape(config: PackConfig) -> EngramShape:
@@ -127,3 +114,91 @@ def engram_shape(config: PackConfig) -> EngramShape:
         config.max_ngram_size,
         config.norm_eps,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StemConfig:
+    """config.json of a STEM pack: one row of `intermediate_size` values per token id, at each of `layer_ids`.
+
+    `calibration`: what the rows were made from; for people.
+    """
+
+    layer_ids: tuple[int, ...]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    backbone: dict[str, Any]  # name, fingerprint, num_layers
+    row_type: str = "bfloat16"
+    calibration: dict[str, Any] = field(default_factory=dict)
+    trained_steps: int = 0
+    kind: str = "stem"
+    format_version: int = FORMAT_VERSION
+
+    def addressing(self) -> dict[str, Any]:
+        """The part that decides addresses, in the reference repository's field names."""
+        return {"stem_layers": list(self.layer_ids), "vocab_size": self.vocab_size}
+
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> StemConfig:
+        optional = {"row_type", "calibration", "trained_steps"}
+        values = known_fields(content, set(cls.__dataclass_fields__), optional, path)
+        values["layer_ids"] = tuple(values["layer_ids"])
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        write_config(folder, asdict(self))
+
+    def check_backbone(self, *, hidden_size: int, intermediate_size: int, num_layers: int, vocab_size: int) -> None:
+        """Raises PackError, with both values, unless the pack fits this backbone."""
+        pairs = [
+            ("hidden size", self.hidden_size, hidden_size),
+            ("feed-forward width", self.intermediate_size, intermediate_size),
+            ("vocabulary", self.vocab_size, vocab_size),
+        ]
+        check_pairs(pairs)
+        check_layers(self.layer_ids, num_layers)
+
+
+def read_config(folder: Path) -> PackConfig | StemConfig:
+    """A pack's config.json, of either kind. Raises PackError naming the folder and what is wrong with it."""
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
+    except ValueError as error:
+        raise PackError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise PackError(f"{path} has no format_version; it is not a memory pack's")
+    kinds: dict[str, type[PackConfig] | type[StemConfig]] = {"engram": PackConfig, "stem": StemConfig}
+    kind = content.get("kind")
+    if content["format_version"] != FORMAT_VERSION or kind not in kinds:
+        raise PackError(
+            f"{path} is kind {kind!r}, format {content['format_version']}; this server reads "
+            f"kinds 'engram' and 'stem', format {FORMAT_VERSION}"
+        )
+    return kinds[kind].of(content, path)
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def known_fields(content: dict[str, Any], known: set[str], optional: set[str], path: Path) -> dict[str, Any]:
+    """The content's fields that this version knows. Raises PackError if one that is needed is missing."""
+    missing = known - content.keys() - optional
+    if missing:
+        raise PackError(f"{path} lacks {', '.join(sorted(missing))}")
+    return {name: content[name] for name in known & content.keys()}
+
+
+def check_pairs(pairs: Sequence[tuple[str, object, object]]) -> None:
+    for what, mine, theirs in pairs:
+        if mine != theirs:
+            raise PackError(f"the pack was made for a {what} of {mine} and the model has {theirs}")
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> None:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise PackError(f"the pack reads at layer {layer} and the model has layers 0..{num_layers - 1}")

@@ -27,15 +27,21 @@ class MemoryStep(Protocol):
     """One step's memory: the rows on their way, and the layers that will read them."""
 
     layers: frozenset[int]
+    up_layers: frozenset[int]
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""
 
+    def up(self, layer: int, dense: Tensor | None) -> Tensor:
+        """[T, F] in place of the layer's up-projection; `dense` is what that gives, where the layer has one."""
+
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
+    """One layer. With `has_up` False its feed-forward block has a gate only, and memory gives the other factor."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, *, has_up: bool = True) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.has_up = layer, has_up
         heads = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_heads, self.qk_size = heads, heads[0] * heads[1]
         hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
@@ -44,10 +50,10 @@ class Block(nn.Module):
         self.qkv = Linear(hidden, qkv_size, bias=config.attention_bias, dtype=dtype)
         self.out = Linear(q_size, hidden, bias=config.attention_bias, dtype=dtype)
         self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
-        self.gate_up = Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
-        self.down = Linear(config.intermediate_size, hidden, bias=config.mlp_bias, dtype=dtype)
-
         inner = config.intermediate_size
+        self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=config.mlp_bias, dtype=dtype)
+        self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype)
+
         self.parts: dict[str, tuple[nn.Module, slice]] = {
             "input_layernorm": (self.attention_norm, slice(None)),
             "self_attn.q_proj": (self.qkv, slice(0, q_size)),
@@ -56,9 +62,10 @@ class Block(nn.Module):
             "self_attn.o_proj": (self.out, slice(None)),
             "post_attention_layernorm": (self.mlp_norm, slice(None)),
             "mlp.gate_proj": (self.gate_up, slice(0, inner)),
-            "mlp.up_proj": (self.gate_up, slice(inner, 2 * inner)),
             "mlp.down_proj": (self.down, slice(None)),
         }
+        if has_up:
+            self.parts["mlp.up_proj"] = (self.gate_up, slice(inner, 2 * inner))
 
     def slot(self, path: str) -> Tensor:
         """The rows of a fused parameter that the Hugging Face tensor `path` ("self_attn.q_proj.weight") fills."""
@@ -67,20 +74,35 @@ class Block(nn.Module):
         parameter: Tensor = getattr(module, kind)
         return parameter[rows]
 
-    def forward(self, hidden: Tensor, rotation: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotation: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
+    ) -> Tensor:
+        """hidden[T, H] → [T, H]. `memory`: what replaces this layer's up-projection, if anything does."""
         qkv = self.qkv(self.attention_norm(hidden))
         Rotary.rotate_(qkv[:, : self.qk_size].view(-1, *self.qk_heads), rotation)
         hidden = hidden + self.out(attention.forward(qkv, self.layer))
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        gate: Tensor = self.gate_up(self.mlp_norm(hidden))
+        up: Tensor | None = None
+        if self.has_up:
+            gate, up = gate.chunk(2, dim=-1)
+        if memory is not None:
+            up = memory.up(self.layer, up)
+        assert up is not None, f"layer {self.layer} has no up-projection and no memory gives one"
         return hidden.add_(self.down(F.silu(gate).mul_(up)))
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
+    """`without_up`: the layers whose up-projection memory replaces, and which have none."""
+
+    def __init__(
+        self, config: ModelConfig, max_len: int, dtype: torch.dtype, without_up: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.without_up = config, dtype, without_up
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, i, dtype, has_up=i not in without_up) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
@@ -95,7 +117,8 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
-            hidden = block(hidden, rotation, attention)
+            replaced = memory if memory is not None and layer in memory.up_layers else None
+            hidden = block(hidden, rotation, attention, replaced)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -112,9 +135,12 @@ class Decoder(nn.Module):
         for name, tensor in tensors:
             if ".q_proj." in name or ".k_proj." in name:
                 tensor = interleave(tensor, self.config.head_dim)
-            self._slot(name).copy_(tensor)
+            slot = self._slot(name)
+            if slot is not None:
+                slot.copy_(tensor)
 
-    def _slot(self, name: str) -> Tensor:
+    def _slot(self, name: str) -> Tensor | None:
+        """Where a tensor goes; None for an up-projection that this model does without."""
         if name == "model.embed_tokens.weight":
             return self.embed
         if name == "model.norm.weight":
@@ -124,4 +150,6 @@ class Decoder(nn.Module):
         _, _, layer, path = name.split(".", 3)
         block = self.blocks[int(layer)]
         assert isinstance(block, Block)
+        if path.startswith("mlp.up_proj.") and not block.has_up:
+            return None
         return block.slot(path)

@@ -37,12 +37,15 @@ class Engine:
         eos_ids: tuple[int, ...],
         max_waiting: int = 1024,
         packs: dict[str, str] | None = None,
+        fixed: frozenset[str] = frozenset(),
+        redirectable: frozenset[str] = frozenset(),
     ) -> None:
         self.runner, self.pool = runner, pool
         self.scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self.scheduler.on_start = runner.table.start
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
         self.max_waiting, self.packs = max_waiting, packs or {}
+        self.fixed, self.redirectable = fixed, redirectable
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._requests: dict[str, list[Sequence]] = {}
@@ -56,7 +59,7 @@ class Engine:
         if len(self.scheduler.waiting) >= self.max_waiting:
             raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting, as many as --max-waiting allows")
         self._check(request)
-        view = self.view(request.packs, request.salt)
+        view = self.view(request.packs, request.salt, request.redirects)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         family = [
             Sequence.create(
@@ -120,11 +123,13 @@ class Engine:
     def idle(self) -> bool:
         return self.scheduler.idle
 
-    def view(self, packs: tuple[str, ...], salt: bytes) -> MemoryView:
+    def view(
+        self, packs: tuple[str, ...], salt: bytes, redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    ) -> MemoryView:
         """What a request that names these packs sees."""
         if not packs and not salt:
             return BARE
-        return MemoryView(tuple((name, self.packs[name]) for name in packs), salt)
+        return MemoryView(tuple((name, self.packs[name]) for name in packs), salt, redirects)
 
     # ── inside ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -144,6 +149,18 @@ class Engine:
         for name in request.packs:
             if name not in self.packs:
                 raise RequestError(f"no memory {name!r} is attached; there are {sorted(self.packs)}", param="memory")
+        for name in sorted(self.fixed.difference(request.packs)):
+            raise RequestError(
+                f"memory {name!r} stands in for a part of the model and cannot be left out; start the server with "
+                f"--keep-up-projection to choose per request",
+                param="memory",
+            )
+        if request.redirects and not self.redirectable.intersection(request.packs):
+            raise RequestError(
+                "a redirect needs a memory addressed by token ids, and this request reads none; attach a STEM pack: "
+                "--memory",
+                param="memory",
+            )
         faults = self.runner.memories.faults() if self.runner.memories is not None and request.packs else {}
         for name in request.packs:
             if name in faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 
 from server.cache.prefetcher import Prefetcher
 from server.cache.staging import max_tokens
-from server.errors import CapacityError, SettingsError
+from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
 from server.memory.memories import Memories
+from server.memory.stem import StemPack
 from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
@@ -38,6 +40,18 @@ class Loaded:
     dtype: torch.dtype
     memories: Memories | None
     token_budget: int
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Names of the packs without which the model is not whole."""
+        packs = self.memories.packs if self.memories is not None else ()
+        return frozenset(pack.name for pack in packs if self.model.without_up.intersection(stem_layers([pack])))
+
+    @property
+    def redirectable(self) -> frozenset[str]:
+        """Names of the packs that a token id addresses, where a prompt's places can read other tokens' rows."""
+        packs = self.memories.packs if self.memories is not None else ()
+        return frozenset(pack.name for pack in packs if isinstance(pack, StemPack))
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -70,10 +84,19 @@ def context_limit(settings: Settings, source: ModelSource) -> int:
     return settings.max_model_len or min(own, LONGEST_DEFAULT)
 
 
-def build_model(source: ModelSource, dtype: torch.dtype, device: torch.device, max_len: int) -> Decoder:
-    """The backbone with its weights, on `device`, prepacked where that helps. One tensor at a time is in flight."""
+def build_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    without_up: frozenset[int] = frozenset(),
+) -> Decoder:
+    """The backbone with its weights, on `device`, prepacked where that helps. One tensor at a time is in flight.
+
+    `without_up`: layers whose up-projection is not wanted.
+    """
     with torch.device(device):
-        model = Decoder(source.config, max_len, dtype)
+        model = Decoder(source.config, max_len, dtype, without_up)
     with torch.inference_mode():
         model.load(tensors(source, dtype))
         if can_prepack(dtype, device):
@@ -89,7 +112,8 @@ def load(settings: Settings) -> Loaded:
     dtype = choose_dtype(settings, source, device)
     max_len = context_limit(settings, source)
     packs = open_packs(settings, source, dtype, device)
-    model = build_model(source, dtype, device, max_len)
+    replaced = frozenset(stem_layers(packs))
+    model = build_model(source, dtype, device, max_len, frozenset() if settings.keep_up_projection else replaced)
     token_bytes = kv_bytes_per_token(source.config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
     kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len)
     try:
@@ -109,9 +133,11 @@ def load(settings: Settings) -> Loaded:
     return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)
 
 
-def open_packs(settings: Settings, source: ModelSource, dtype: torch.dtype, device: torch.device) -> list[AttachedPack]:
+def open_packs(
+    settings: Settings, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> list[AttachedPack | StemPack]:
     """The packs of --memory, each PATH or NAME=PATH. Raises PackError; before any weight is loaded."""
-    packs: list[AttachedPack] = []
+    packs: list[AttachedPack | StemPack] = []
     for spec in settings.memory:
         given, separator, path = spec.rpartition("=")
         folder = Path(path)
@@ -123,16 +149,31 @@ def open_packs(settings: Settings, source: ModelSource, dtype: torch.dtype, devi
             name=name,
             tokenizer=source.tokenizer.backend,
             hidden_size=source.config.hidden_size,
+            intermediate_size=source.config.intermediate_size,
             num_layers=source.config.num_layers,
             vocab_size=source.config.vocab_size,
             dtype=dtype,
             device=device,
         )
-        if can_prepack(dtype, device):
+        if isinstance(pack, AttachedPack) and can_prepack(dtype, device):
             for engram in pack.modules.values():
                 prepack(engram)
         packs.append(pack)
     return packs
+
+
+def stem_layers(packs: Sequence[AttachedPack | StemPack]) -> dict[int, str]:
+    """Layer → the STEM pack that replaces its up-projection. Raises PackError if two packs want the same layer."""
+    owners: dict[int, str] = {}
+    for pack in packs:
+        for layer in pack.config.layer_ids if isinstance(pack, StemPack) else ():
+            if layer in owners:
+                raise PackError(
+                    f"STEM packs {owners[layer]!r} and {pack.name!r} both replace the up-projection of layer {layer}; "
+                    f"attach one of them: --memory"
+                )
+            owners[layer] = pack.name
+    return owners
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -175,13 +216,20 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
         rows = sum(table.rows for table in pack.tables.values())
         size = sum(table.nbytes for table in pack.tables.values())
         layers = ", ".join(map(str, pack.config.layer_ids))
+        kind = "STEM" if isinstance(pack, StemPack) else "Engram"
         lines.append(
             (
                 f"memory {pack.name}",
-                f"Engram at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
+                f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
                 f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
             )
         )
+    replaced = stem_layers(loaded.memories.packs)
+    if replaced:
+        config = loaded.source.config
+        size = len(replaced) * config.intermediate_size * (config.hidden_size + config.mlp_bias) * loaded.dtype.itemsize
+        state = "not loaded" if loaded.model.without_up else "kept by --keep-up-projection"
+        lines.append(("up-projections", f"{mebibytes(size)} at {len(replaced)} layers {state}: STEM rows replace them"))
     if loaded.token_budget < settings.max_num_batched_tokens:
         lines.append(("token budget", f"{loaded.token_budget} per step, lowered so that rows fit --staging"))
     return lines

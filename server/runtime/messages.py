@@ -45,7 +45,8 @@ class Submit:
     """One prompt. With n > 1 the engine computes the prompt once and forks; child i samples with seed + i.
 
     `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
-    `arrival` is time.monotonic() at the API's edge.
+    `arrival` is time.monotonic() at the API's edge. `redirects`: (position, the tokens whose rows token-id tables read
+    there).
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class Submit:
     salt: bytes = b""
     n: int = 1
     arrival: float = 0.0
+    redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,18 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
         eos_ids=loaded.source.config.eos_token_ids,
         max_waiting=settings.max_waiting,
         packs={pack.name: pack.fingerprint for pack in loaded.memories.packs} if loaded.memories else None,
+        fixed=loaded.fixed,
+        redirectable=loaded.redirectable,
     )
 
 
 def ready_message(settings: Settings, loaded: Loaded) -> Ready:
     name = settings.served_model_name or loaded.source.name
     packs = tuple(pack.name for pack in loaded.memories.packs) if loaded.memories else ()
-    models = (("+".join((name, *packs)), packs), (name, ())) if packs else ((name, ()),)
+    kept = tuple(pack for pack in packs if pack in loaded.fixed)  # what no request can do without
+    choices = dict.fromkeys((packs, kept))
     return Ready(
-        models=models,
+        models=tuple(("+".join((name, *chosen)), chosen) for chosen in choices),
         max_model_len=loaded.max_len,
         vocab_size=loaded.source.config.vocab_size,
         report=tuple(describe(loaded, settings)),

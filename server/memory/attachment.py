@@ -1,0 +1,63 @@
+"""What every attached pack has, whatever its rows are for: a name, a fingerprint, addresses and tables.
+
+Knows nothing of the consumer: `attached.py` has Engram packs, `stem.py` STEM packs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from server.batch import Bools, Ints
+from server.cache.row_table import RowTable
+from server.errors import PackError
+from server.memory.addressing import Addresser
+from server.memory.pack import table_file
+
+
+class Attachment:
+    """`name` as clients say it; `fingerprint` changes whenever what the pack answers could change."""
+
+    def __init__(self, name: str, fingerprint: str, addresser: Addresser, tables: dict[int, RowTable]) -> None:
+        self.name, self.fingerprint, self.addresser, self.tables = name, fingerprint, addresser, tables
+
+    @property
+    def conv_bytes_per_token(self) -> int:
+        """Bytes that one token slot holds for this pack beside keys and values."""
+        return 0
+
+    def allocate_conv(self, num_slots: int, device: torch.device) -> None:
+        """Makes room for them; shares the KV cache's block table."""
+
+    def address(self, windows: Ints, blocked: Bools) -> Mapping[int, tuple[Ints, Ints]]:
+        """Per layer, the row ids [T, C] and the hash before the modulus [T, O]."""
+        return self.addresser.address(windows, blocked)
+
+
+def open_tables(folder: Path, addresser: Addresser, dim: int) -> dict[int, RowTable]:
+    """The table of every layer. Raises TableError, or PackError with both sizes if one is not as the config says."""
+    tables = {}
+    for layer in addresser.layer_ids:
+        path, rows = folder / table_file(layer), addresser.rows_per_table[layer]
+        table = RowTable.open(path, name=f"{folder.name}/{layer}")
+        if table.rows != rows or table.dim != dim:
+            raise PackError(
+                f"{path} holds {table.rows} rows of {table.dim} values; config.json needs {rows} rows of {dim}"
+            )
+        tables[layer] = table
+    return tables
+
+
+def fingerprint(folder: Path, layers: Sequence[int]) -> str:
+    """SHA-256 over config, modules and each table's size and modification time: no table byte is read."""
+    digest = hashlib.sha256()
+    small = sorted(folder.glob("*.json")) + sorted(folder.glob("modules.safetensors"))
+    for path in small:
+        digest.update(path.name.encode() + path.read_bytes())
+    for layer in layers:
+        status = (folder / table_file(layer)).stat()
+        digest.update(f"{layer}:{status.st_size}:{status.st_mtime_ns};".encode())
+    return digest.hexdigest()

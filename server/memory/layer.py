@@ -1,0 +1,91 @@
+"""The seam of Engram-kind memory layers: rows in, what is added to the residual stream out.
+
+    hidden[T, hc, H], rows[T, C · D] ─→ gate ─→ α · value ─→ (+ short convolution) ─→ added[T, hc, H]
+
+Shapes: T tokens, hc residual branches (1 on a plain stream), H hidden width, C rows a token, D values a row. The forms
+that were released differ in projections, norms, zero of the gate and convolution: `engram.py`, `deepseek.py`,
+`qwen_ple.py`. Knows nothing of where rows live or how they are addressed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from server.memory.short_conv import ConvRead, ConvSlots
+
+SIGNED_SQRT_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class EngramShape:
+    """What an Engram layer's modules are sized by. `row_width` = C · D, the width of a token's rows side by side."""
+
+    hidden_size: int
+    row_width: int
+    branches: int = 1
+    kernel_size: int = 4
+    dilation: int = 3
+    norm_eps: float = 1e-6
+
+
+class MemoryLayer(nn.Module, ABC):
+    """One layer's consumer of fetched rows. `forward` returns what is added to the hidden state, not the sum."""
+
+    has_conv: ClassVar[bool]  # whether each token leaves a convolution input behind, which later tokens read
+
+    def __init__(self, shape: EngramShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    @property
+    def conv_width(self) -> int:
+        """Values of convolution input per token slot; 0 without a convolution."""
+        return self.shape.branches * self.shape.hidden_size if self.has_conv else 0
+
+    @property
+    def conv_bytes_per_token(self) -> int:
+        return self.conv_width * self.dtype.itemsize
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        slots: ConvSlots | None,
+        at: ConvRead | None,
+        dead: Tensor | None = None,
+    ) -> Tensor:
+        """hidden[T, hc, H] (or [T, H] with one branch), rows[T, C · D] → what to add, in hidden's shape and dtype.
+
+        `slots`, `at`: where the convolution's inputs are stored and read; None for layers without one. `dead` bool[T]:
+        tokens that take part in no n-gram; None: there are none.
+        """
+
+    def branches_of(self, hidden: Tensor) -> Tensor:
+        return hidden.view(hidden.shape[0], self.shape.branches, self.shape.hidden_size)
+
+
+class BranchNorm(nn.Module):
+    """RMSNorm over H with a weight per branch: x[T, hc, H] of any float type → fp32."""
+
+    def __init__(self, shape: EngramShape, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.branches, shape.hidden_size, dtype=dtype))
+        self.eps = eps
+
+    def gain(self) -> Tensor:
+        """[hc, H] in fp32."""
+        return self.weight.float()
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / RMS of x[…, H] in fp32: […, 1]."""
+        return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(self.eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * self.scale(x) * self.gain()

@@ -31,7 +31,7 @@ class Batch:
 
     token_ids[T], positions[T], slots[T]   int64 tensors; slot = block · block_size + offset, where K, V and the
                                            short convolution's inputs of this token are stored
-    block_table[B, ·]                      int64 tensor, padded with block 0
+    block_table[B, ·], host_blocks[B, ·]   int64, on the device and on the host, padded with block 0
     query_start[B + 1], context_len[B]     host
     views, view_of[T]                      the distinct memory views of this step, and each token's index into them
     windows[T, n]                          raw ids; column s is the s-th predecessor by position in the sequence
@@ -43,6 +43,7 @@ class Batch:
     positions: Tensor
     slots: Tensor
     block_table: Tensor
+    host_blocks: Ints
     query_start: Ints
     context_len: Ints
     views: tuple[MemoryView, ...]

@@ -45,7 +45,7 @@ class Lookup:
     dedup: bool = False
 
     def same_rows(self, other: Lookup) -> bool:
-        return (
+        return self is other or (
             self.table is other.table
             and self.layer == other.layer
             and self.dedup == other.dedup

@@ -25,7 +25,10 @@ CONV_NORM_EPS = 1e-5
 
 
 class Engram(MemoryLayer):
-    """The paper's layer, with biases and a convolution. A dead token reads its pads' rows like any other."""
+    """The paper's layer, with biases and a convolution; what is computed in fp32 is stored so.
+
+    A dead token reads its pads' rows like any other.
+    """
 
     has_conv = True
 
@@ -33,10 +36,10 @@ class Engram(MemoryLayer):
         super().__init__(shape, dtype)
         width, hidden, hc = shape.row_width, shape.hidden_size, shape.branches
         self.key_value = nn.Linear(width, (hc + 1) * hidden, dtype=dtype)  # hc keys, then the shared value
-        self.key_norm = BranchNorm(shape, shape.norm_eps, dtype)
-        self.query_norm = BranchNorm(shape, shape.norm_eps, dtype)
-        self.conv_norm = BranchNorm(shape, CONV_NORM_EPS, dtype)
-        self.conv = nn.Parameter(torch.zeros(hc * hidden, shape.kernel_size, dtype=dtype))
+        self.key_norm = BranchNorm(shape, shape.norm_eps, torch.float32)
+        self.query_norm = BranchNorm(shape, shape.norm_eps, torch.float32)
+        self.conv_norm = BranchNorm(shape, CONV_NORM_EPS, torch.float32)
+        self.conv = nn.Parameter(torch.zeros(hc * hidden, shape.kernel_size))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:

@@ -76,7 +76,8 @@ class BranchNorm(nn.Module):
     def __init__(self, shape: EngramShape, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(shape.branches, shape.hidden_size, dtype=dtype))
-        self.eps = eps
+        self.register_buffer("eps", torch.tensor(eps), persistent=False)
+        self.eps: Tensor
 
     def gain(self) -> Tensor:
         """[hc, H] in fp32."""
@@ -84,7 +85,8 @@ class BranchNorm(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """1 / RMS of x[…, H] in fp32: […, 1]."""
-        return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(self.eps))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()

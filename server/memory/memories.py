@@ -48,7 +48,7 @@ class Reading:
     pack: AttachedPack
     layer: int
     fetch: Fetch
-    tokens: Tensor | None
+    seen: Seen
     dead: Tensor | None
 
 
@@ -78,11 +78,12 @@ class MemoryStep:
             rows = reading.fetch.wait()
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
             conv = self._conv_read(reading)
-            if reading.tokens is None:
+            index = reading.seen.index
+            if index is None:
                 total = total + module(hidden, rows, slots, conv, reading.dead)
             else:
-                added = module(hidden.index_select(0, reading.tokens), rows, slots, conv, reading.dead)
-                total = total.index_add(0, reading.tokens, added)
+                added = module(hidden.index_select(0, index), rows, slots, conv, reading.dead)
+                total = total.index_add(0, index, added)
         return total
 
     def _conv_read(self, reading: Reading) -> ConvRead | None:
@@ -91,7 +92,7 @@ class MemoryStep:
         if not pack.has_conv:
             return None
         if pack.name not in self.conv_reads:
-            self.conv_reads[pack.name] = ConvRead.of(self.batch, shape.kernel_size, shape.dilation, reading.tokens)
+            self.conv_reads[pack.name] = ConvRead.of(self.batch, shape.kernel_size, shape.dilation, reading.seen.tokens)
         return self.conv_reads[pack.name]
 
     def up(self, layer: int, dense: Tensor | None) -> Tensor:
@@ -105,6 +106,7 @@ class Memories:
     def __init__(self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher) -> None:
         self.packs, self.prefetcher = tuple(packs), prefetcher
         self.window = max((pack.addresser.n for pack in packs), default=1)
+        self._addressed: dict[str, tuple[Ints, Bools, list[Lookup]]] = {}
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
     def begin(self, batch: Batch) -> MemoryStep | None:
@@ -113,7 +115,8 @@ class Memories:
         for pack in self.packs:
             seen = seen_by(batch, pack)
             if seen is not None:
-                planned += [(lookup.layer, pack, lookup, seen) for lookup in lookups(pack, seen.windows, seen.blocked)]
+                found = self._lookups(pack, seen.windows, seen.blocked)
+                planned += [(lookup.layer, pack, lookup, seen) for lookup in found]
         if not planned:
             return None
         planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
@@ -124,7 +127,7 @@ class Memories:
                 means = tuple((index, pack.mean_row(layer, tokens)) for index, tokens in seen.means.items())
                 step.ups[layer] = StemReading(fetch, seen.index, means)
                 continue
-            reading = Reading(pack, layer, fetch, seen.index, dead_tokens(batch, seen))
+            reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen))
             step.readings.setdefault(layer, []).append(reading)
         return step
 
@@ -137,9 +140,16 @@ class Memories:
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.name in view.names for view in views):
-                planned += lookups(pack, sequences_windows, blocked)
+                planned += self._lookups(pack, sequences_windows, blocked)
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
+
+    def _lookups(self, pack: AttachedPack | StemPack, windows: Ints, blocked: Bools) -> list[Lookup]:
+        """The pack's lookups; those just hinted are found again instead of hashed again."""
+        last = self._addressed.get(pack.name)
+        if last is None or not (np.array_equal(last[0], windows) and np.array_equal(last[1], blocked)):
+            last = self._addressed[pack.name] = windows, blocked, lookups(pack, windows, blocked)
+        return last[2]
 
     def page_in(self, windows: Ints, blocked: Bools, view: MemoryView) -> None:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.batch import Batch
+from server.batch import Batch, Ints
 
 
 class ConvSlots:
@@ -34,25 +35,26 @@ class ConvSlots:
 class ConvRead:
     """Where one step's convolution reads: slots[T] of the tokens themselves, taps[K, T] of their predecessors.
 
-    Tap j looks (K - 1 - j) · dilation positions back; inside[K, T, 1] is 0 where that lies before the sequence.
+    Tap j looks (K - 1 - j) · dilation positions back. Before the sequence's start it reads slot 0, which is in the
+    padding block: nobody writes there, and it stays zero.
     """
 
     slots: Tensor
     taps: Tensor
-    inside: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, kernel_size: int, dilation: int, tokens: Tensor | None = None) -> ConvRead:
-        """For the batch's tokens, or for those at the indices `tokens` only."""
-        sequence = torch.from_numpy(batch.sequence_of).to(batch.slots.device)
-        own, at = batch.slots, batch.positions
+    def of(cls, batch: Batch, kernel_size: int, dilation: int, tokens: Ints | None = None) -> ConvRead:
+        """For the batch's tokens, or for those at the indices `tokens` only. Computed on the host, in one pass."""
+        sequences, positions, slots = batch.sequence_of, batch.host_positions, batch.slots
         if tokens is not None:
-            sequence, own, at = sequence[tokens], own[tokens], at[tokens]
-        back = torch.arange(kernel_size - 1, -1, -1, device=at.device)[:, None] * dilation
-        positions = at - back
-        clamped = positions.clamp_min(0)
-        blocks = batch.block_table[sequence, clamped // batch.block_size]
-        return cls(own, blocks * batch.block_size + clamped % batch.block_size, (positions >= 0).float()[..., None])
+            sequences, positions = sequences[tokens], positions[tokens]
+            slots = slots[torch.from_numpy(tokens).to(slots.device)]
+        back = np.arange(kernel_size - 1, -1, -1)[:, None] * dilation
+        read = positions - back
+        block, offset = np.divmod(np.maximum(read, 0), batch.block_size)
+        taps = batch.host_blocks[sequences, block] * batch.block_size + offset
+        taps[read < 0] = 0
+        return cls(slots, torch.from_numpy(taps).to(slots.device))
 
 
 def short_conv(inputs: Tensor, weight: Tensor, slots: ConvSlots, at: ConvRead) -> Tensor:
@@ -61,5 +63,5 @@ def short_conv(inputs: Tensor, weight: Tensor, slots: ConvSlots, at: ConvRead) -
     Writes the inputs to their slots, then reads every tap back from the slots.
     """
     slots.inputs.index_copy_(0, at.slots, inputs.flatten(1).to(slots.inputs.dtype))
-    taken = slots.inputs.index_select(0, at.taps.view(-1)).view(*at.taps.shape, -1).float()
-    return F.silu((taken * at.inside).mul_(weight.float().T[:, None]).sum(0), inplace=True)
+    taken = slots.inputs.index_select(0, at.taps.view(-1)).view(*at.taps.shape, -1)
+    return F.silu((taken * weight.float().T[:, None]).sum(0), inplace=True)

@@ -85,6 +85,7 @@ class Runner:
         windows, blocked = self.table.windows(rows_of, positions)
         context = starts + counts
         pages = -(-int(context.max()) // self.block_size)
+        blocks = self.table.blocks[rows, :pages]
         views = {work.sequence.view: None for work in works}
         order = {view: i for i, view in enumerate(views)}
         view_of = np.repeat([order[work.sequence.view] for work in works], counts)
@@ -93,7 +94,8 @@ class Runner:
             token_ids=self._tensor(np.ascontiguousarray(windows[:, 0])),
             positions=self._tensor(positions),
             slots=self._tensor(self.table.slots(rows_of, positions)),
-            block_table=self._tensor(self.table.blocks[rows, :pages]),
+            block_table=self._tensor(blocks),
+            host_blocks=blocks,
             query_start=query_start,
             context_len=context,
             views=tuple(views),

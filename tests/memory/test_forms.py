@@ -44,6 +44,7 @@ def batch_of(pieces: list[tuple[int, int, int]]) -> Batch:
         positions=torch.tensor(positions),
         slots=torch.from_numpy(slots),
         block_table=torch.from_numpy(table),
+        host_blocks=table,
         query_start=np.concatenate([[0], np.cumsum(counts)]),
         context_len=np.array([stop for _, _, stop in pieces]),
         views=(),

@@ -53,7 +53,7 @@ class Runner:
             return []
         logits = self.model.logits(hidden[batch.sample_at])
         sampled = list(zip(sequences, self.sample(logits, sequences), strict=True))
-        if step is not None:
+        if step is not None and step.slow:
             self._hint(sampled)
         return sampled
 

@@ -76,7 +76,7 @@ async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any], patience
                     return "left"
             assert last == "data: [DONE]"
             return "streamed"
-    except httpx.ReadTimeout:
+    except httpx.TimeoutException:  # a patience of hundredths of a second may end while connecting
         assert patience is not None
         return "left"
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 
@@ -117,7 +118,7 @@ def write_pack(folder: Path, config: PackConfig) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     tensors: dict[str, torch.Tensor] = {}
     stored = row_type(config.row_type)
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         for layer in config.layer_ids:
             engram = Engram(engram_shape(config), torch.float32)
             engram.reset(generator)

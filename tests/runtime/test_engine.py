@@ -77,6 +77,20 @@ def test_chunks_give_the_logits_of_the_whole(tiny: str, budget: int) -> None:
     assert torch.allclose(logits_of(engine_on(tiny, max_num_batched_tokens=budget), prompt), whole, atol=TOLERANCE)
 
 
+def test_decoding_one_by_one_gives_the_tokens_of_decoding_padded(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt_of(i, length) for i, length in enumerate((3, 70, 20, 41))]
+    padded = drive(engine_on(tiny), prompts, max_tokens=12)
+    monkeypatch.setattr("server.models.attention.sdpa.CALL_COST_TOKENS", 0)
+    engine = engine_on(tiny)
+    groups: list[int] = []
+    plan = engine.runner.attention.plan
+    monkeypatch.setattr(
+        engine.runner.attention, "plan", lambda batch: (plan(batch), groups.append(len(engine.runner.attention.groups)))
+    )
+    assert drive(engine, prompts, max_tokens=12) == padded
+    assert max(groups) == 4  # the path was taken
+
+
 def test_sampled_answers_survive_preemption(tiny: str) -> None:
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True, logprobs=2)
     submits = [Submit(f"r{i}", prompt_of(i, 30), params) for i in range(4)]

@@ -18,10 +18,9 @@ from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache, Pages, pages
 from server.models.config import ModelConfig
 
-# Padded decode copies every sequence's keys to the longest length; a loop copies only what is there but calls the
-# kernel once per sequence. Measured on 2 cores (docs/experiments.md): the loop wins once the step's padding or its
-# mean context is large.
-LOOP_ABOVE_TOKENS_PER_SEQUENCE = 512
+# Decode sequences padded to the longest pay for the padding; one call each pays per call instead: about 14 µs, as much
+# as 240 padded tokens at 0.058 µs (from the figures in docs/experiments.md, 2 cores).
+CALL_COST_TOKENS = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,8 @@ class SdpaBackend(AttentionBackend):
         while decodes < len(context) and starts[decodes + 1] - starts[decodes] == 1 and context[decodes] > 1:
             decodes += 1
         if decodes:
-            alone = decodes > 1 and sum(context[:decodes]) > LOOP_ABOVE_TOKENS_PER_SEQUENCE * decodes
+            padding = decodes * max(context[:decodes]) - sum(context[:decodes])
+            alone = padding > CALL_COST_TOKENS * decodes
             step = 1 if alone else decodes
             self.groups = [self._group(batch, a, min(a + step, decodes)) for a in range(0, decodes, step)]
         for b in range(decodes, len(context)):

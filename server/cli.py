@@ -103,7 +103,9 @@ def default_text(name: str) -> str:
     default: Any = FIELDS[name].default
     if FIELDS[name].metadata["size"] and default:
         return next((f"{default // unit}{mark}" for mark, unit in SIZES if default % unit == 0), str(default))
-    return "" if default in ("", ()) or isinstance(default, bool) else str(default)
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return "" if default == "" or isinstance(default, bool) else str(default)
 
 
 def value_text(name: str) -> str | None:

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from server.cache.gather import take_rows
 from server.cache.layouts import Layout, Region, find_layout, read_header, safetensors_files
 from server.cache.row_types import Bytes, RowType
+from server.cache.row_types import Ids as Ids
 from server.errors import TableError
 
-Ids = npt.NDArray[np.int64]
 ReadMode = Literal["mmap", "pread"]
 PAGE = mmap.PAGESIZE
+READ_BYTES = 8 << 20  # of one sequential read
 
 
 class Table(Protocol):
@@ -39,6 +40,7 @@ class Table(Protocol):
     dim: int
     row_type: RowType
     row_bytes: int
+    nbytes: int
     fault: str | None
 
     def gather(self, ids: Ids, out: Bytes) -> None:
@@ -46,6 +48,9 @@ class Table(Protocol):
 
     def page_in(self, ids: Ids) -> int:
         """Asks the OS for the pages these rows stand on, without waiting for them; returns how many distinct pages."""
+
+    def close(self) -> None:
+        """Lets go of what it holds; gathers fail from then on."""
 
 
 class TableFile:
@@ -91,6 +96,12 @@ class Column:
         self.first_rows = np.cumsum([0] + [region.rows for region in regions])
         self.views = [_view(file, region) for file, region in zip(self.files, regions, strict=True)]
 
+    @property
+    def pages_per_row(self) -> int:
+        """The most pages that one row touches: rows that divide a page and begin with it never cross into the next."""
+        aligned = PAGE % self.width == 0 and all(offset % self.width == 0 for offset in self.offsets)
+        return 1 if aligned else 2 + (self.width - 2) // PAGE
+
     def split(self, ids: Ids) -> list[tuple[int, Ids | slice, Ids]]:
         """(region, where in `ids`, ids within the region) for each region that holds some of them."""
         if len(self.files) == 1:
@@ -109,7 +120,7 @@ class Column:
             if view is None:
                 self._pread(region, where, local, out)
             elif isinstance(where, slice) and out.flags.c_contiguous:
-                np.take(view, local, axis=0, out=out, mode="clip")
+                take_rows(view, local, out)
             else:
                 out[where] = np.take(view, local, axis=0, mode="clip")
 
@@ -123,6 +134,21 @@ class Column:
                 raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
             if got != self.width:
                 raise TableError(f"{file.path} ends within a row: {got} of {self.width} bytes at byte {offset}")
+
+    def read_run(self, first: int, out: Bytes) -> None:
+        """The len(out) rows from `first` on → out[n, width], of any row stride: long reads, never the map."""
+        done = 0
+        for region, (file, offset) in enumerate(zip(self.files, self.offsets, strict=True)):
+            begin, end = int(self.first_rows[region]), int(self.first_rows[region + 1])
+            low, high = max(first, begin), min(first + len(out), end)
+            if low >= high:
+                continue
+            part = out[done : done + high - low]
+            done += high - low
+            run = part if part.flags.c_contiguous else np.empty(part.shape, np.uint8)
+            _read_whole(file, offset + (low - begin) * self.width, run)
+            if run is not part:
+                part[:] = run
 
     def pages(self, ids: Ids) -> list[tuple[TableFile, Ids]]:
         """The distinct page numbers rows ids[N] stand on, ascending, per file region."""
@@ -172,12 +198,16 @@ class RowTable:
             raise TableError(f"table {tensor!r} in {paths[0]} has no rows: its shape is [{layout.rows}, {layout.dim}]")
         return cls(name if name is not None else paths[0].stem, layout, read)
 
+    def step_bytes(self, rows: int) -> int:
+        """Bytes of the pages that `rows` rows stand on, at most."""
+        return min(sum(column.pages_per_row for column in self._columns) * rows * PAGE, self.nbytes + PAGE)
+
     def gather(self, ids: Ids, out: Bytes) -> None:
         """Rows ids[N] → out uint8[N, R], C-contiguous. Raises TableError if an id is no row, or a file has changed."""
         self.check()
         if not len(ids):
             return
-        self._check_range(ids)
+        check_range(self, ids)
         if out.shape != (len(ids), self.row_bytes):
             raise ValueError(f"out is {out.shape}; {len(ids)} rows of {self.name} need {(len(ids), self.row_bytes)}")
         try:
@@ -188,6 +218,21 @@ class RowTable:
         except TableError as error:
             self.fault = error.message
             raise
+
+    def read_run(self, first: int, out: Bytes) -> None:
+        """The len(out) rows from `first` on → out uint8[n, R], for copies: read in order.
+
+        Raises TableError.
+        """
+        at = 0
+        for column in self._columns:
+            column.read_run(first, out[:, at : at + column.width])
+            at += column.width
+
+    def forget(self) -> None:
+        """Tells the OS that the files' pages are not needed: a copy was made."""
+        for file in self.files:
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def check(self) -> None:
         """Raises TableError if a file is not what it was when opened, and from then on always."""
@@ -200,11 +245,6 @@ class RowTable:
         if self.fault is not None:
             raise TableError(self.fault)
 
-    def _check_range(self, ids: Ids) -> None:
-        if ids.min() < 0 or ids.max() >= self.rows:
-            wrong = int(ids[(ids < 0) | (ids >= self.rows)][0])
-            raise TableError(f"table {self.name} has rows 0..{self.rows - 1}; asked for {wrong}")
-
     def page_in(self, ids: Ids) -> int:
         """Asks the OS for the distinct pages of rows ids[N], runs of neighbours at once; returns how many pages.
 
@@ -214,7 +254,7 @@ class RowTable:
         """
         if self.fault is not None or not len(ids):
             return 0
-        self._check_range(ids)
+        check_range(self, ids)
         total = 0
         for column in self._columns:
             for file, pages in column.pages(ids):
@@ -230,6 +270,26 @@ class RowTable:
         self._columns.clear()
         for file in self.files:
             file.close()
+
+
+def check_range(table: Table, ids: Ids) -> None:
+    """Raises TableError, naming the first, if an id is no row. At least one id."""
+    if ids.min() < 0 or ids.max() >= table.rows:
+        wrong = int(ids[(ids < 0) | (ids >= table.rows)][0])
+        raise TableError(f"table {table.name} has rows 0..{table.rows - 1}; asked for {wrong}")
+
+
+def _read_whole(file: TableFile, offset: int, out: Bytes) -> None:
+    """Bytes from `offset` on → out, contiguous. Raises TableError."""
+    left = out.reshape(-1).data
+    while left:
+        try:
+            got = os.preadv(file.fd, [left[:READ_BYTES]], offset)
+        except OSError as error:
+            raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
+        if not got:
+            raise TableError(f"{file.path} ends at byte {offset}, {len(left)} bytes too early")
+        left, offset = left[got:], offset + got
 
 
 def _view(file: TableFile, region: Region) -> Bytes | None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
-from server.cache.prefetcher import Fetch, Lookup, Prefetcher
+from server.cache.device_table import DeviceFetch, DeviceTable
+from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -51,7 +52,7 @@ class Reading:
 
     pack: AttachedPack
     layer: int
-    fetch: Fetch
+    fetch: Fetch | DeviceFetch
     seen: Seen
     dead: Tensor | None
 
@@ -60,7 +61,7 @@ class Reading:
 class MemoryStep:
     """One step's rows on their way, by decoder layer; where the convolutions of each pack read."""
 
-    fetches: list[Fetch]
+    fetches: list[Fetch | DeviceFetch]
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[str, ConvRead] = field(default_factory=dict)
@@ -68,7 +69,8 @@ class MemoryStep:
     @property
     def slow(self) -> bool:
         """Whether the first fetch took so long that the next step's should start before that step does."""
-        return self.fetches[0].done_at - self.fetches[0].issued > HINT_SECONDS
+        first = next((fetch for fetch in self.fetches if isinstance(fetch, Fetch)), None)
+        return first is not None and first.done_at - first.issued > HINT_SECONDS
 
     @property
     def layers(self) -> frozenset[int]:
@@ -120,7 +122,7 @@ class Memories:
         if not planned:
             return None
         planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
-        fetches = self.prefetcher.begin([plan[2] for plan in planned])
+        fetches = self._begin([plan[2] for plan in planned])
         step = MemoryStep(fetches)
         for (layer, pack, _, seen), fetch in zip(planned, fetches, strict=True):
             if isinstance(pack, StemPack):
@@ -134,6 +136,15 @@ class Memories:
             step.readings.setdefault(layer, []).append(reading)
         return step
 
+    def _begin(self, lookups: Sequence[Lookup]) -> list[Fetch | DeviceFetch]:
+        """Rows on the device are looked up by the layer that reads them; the others begin to be fetched."""
+        queued = [lookup for lookup in lookups if not isinstance(lookup.table, DeviceTable)]
+        begun = iter(self.prefetcher.begin(queued) if queued else ())
+        dtype = self.prefetcher.staging.dtype
+        return [
+            DeviceFetch(lookup, dtype) if isinstance(lookup.table, DeviceTable) else next(begun) for lookup in lookups
+        ]
+
     def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
         """Starts fetching the rows of tokens that the next step will read, if every one of them sees a pack.
 
@@ -143,7 +154,8 @@ class Memories:
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.name in view.names for view in views):
-                planned += self._lookups(pack, sequences_windows, blocked)
+                found = self._lookups(pack, sequences_windows, blocked)
+                planned += [lookup for lookup in found if not isinstance(lookup.table, DeviceTable)]
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
 
@@ -159,6 +171,16 @@ class Memories:
         for pack in self.packs:
             if pack.name in view.names:
                 self._pager.submit(ask_for_pages, pack, windows, blocked)
+
+    def counters(self) -> tuple[LayerCounters, ...]:
+        """What was read so far, per table: by fetches, and from tables on the device."""
+        on_device = [
+            table.counters(layer)
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+            if isinstance(table, DeviceTable)
+        ]
+        return (*self.prefetcher.counters(), *on_device)
 
     def faults(self) -> dict[str, str]:
         """Packs whose table file was changed, cut or failed while serving, with what happened."""

@@ -115,7 +115,7 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.prefetcher.counters()) if memories else (),
+            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.counters()) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
         )
 

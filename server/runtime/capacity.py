@@ -48,6 +48,10 @@ class CapacityPlan:
     places: tuple[Place, ...]
     room: Room
 
+    def copied(self, tier: str) -> int:
+        """Bytes of the tables in `tier`."""
+        return sum(place.need.nbytes for place in self.places if place.tier == tier)
+
     def tier(self, table: str) -> str:
         return next(place.tier for place in self.places if place.need.name == table)
 
@@ -99,15 +103,14 @@ def plan(
 def planned_weight_bytes(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, without_up: frozenset[int]
 ) -> int:
-    """Bytes of the weights as they will be stored: a tied embedding is prepacked beside its plain form."""
-    values = sum(
-        math.prod(shape)
-        for name, shape in expected_shapes(config).items()
-        if not any(name.startswith(f"model.layers.{layer}.mlp.up_proj.") for layer in without_up)
-    )
+    """Bytes of the weights as they will be stored: norms in fp32, a tied embedding prepacked beside its plain form."""
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if not any(name.startswith(f"model.layers.{layer}.mlp.up_proj.") for layer in without_up):
+            total += math.prod(shape) * (4 if "norm" in name else dtype.itemsize)
     if config.tie_word_embeddings and can_prepack(dtype, device):
-        values += config.vocab_size * config.hidden_size
-    return values * dtype.itemsize
+        total += config.vocab_size * config.hidden_size * dtype.itemsize
+    return total
 
 
 def _free_memory(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
@@ -115,9 +116,21 @@ def build_model(
     return model.eval()
 
 
-def load(settings: Settings) -> Loaded:
-    """Loads the backbone. Raises ModelError, SettingsError or CapacityError."""
-    torch.set_num_threads(settings.threads or cpu_quota())
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before a weight or a row is loaded: headers are read, sizes are settled."""
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    max_len: int
+    packs: list[AttachedPack | StemPack]
+    without_up: frozenset[int]
+    plan: CapacityPlan
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Opens model and packs and settles what goes where. Raises ModelError, PackError, SettingsError, CapacityError."""
     source = open_source(settings.model)
     device = choose_device(settings)
     dtype = choose_dtype(settings, source, device)
@@ -126,8 +139,16 @@ def load(settings: Settings) -> Loaded:
     replaced = frozenset(stem_layers(packs))
     without_up = frozenset() if settings.keep_up_projection else replaced
     planned = plan(settings, source.config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
-    model = build_model(source, dtype, device, max_len, without_up)
-    kv = planned.kv
+    return Prepared(source, device, dtype, max_len, packs, without_up, planned)
+
+
+def load(settings: Settings) -> Loaded:
+    """Loads the backbone and the tables that are copied. Raises ModelError, PackError, SettingsError, CapacityError."""
+    torch.set_num_threads(settings.threads or cpu_quota())
+    prepared = prepare(settings)
+    source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
+    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up)
+    kv = prepared.plan.kv
     try:
         cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
         for pack in packs:
@@ -139,9 +160,9 @@ def load(settings: Settings) -> Loaded:
     attention = SdpaBackend(source.config, cache)
     memories = None
     if packs:
-        place(packs, planned, device)
+        place(packs, prepared.plan, device)
         memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on"))
-    return Loaded(source, model, attention, planned, max_len, device, dtype, memories)
+    return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
 
 
 def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, device: torch.device) -> None:
@@ -210,7 +231,7 @@ def stem_layers(packs: Sequence[AttachedPack | StemPack]) -> dict[int, str]:
     return owners
 
 
-def weight_bytes(model: Decoder) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights as stored, a tied embedding counted once unless its packed form is apart."""
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]

@@ -53,6 +53,16 @@ class Table(Protocol):
         """Lets go of what it holds; gathers fail from then on."""
 
 
+class PageWatch(Protocol):
+    """Who keeps the resident pages of a file under a limit (`residency`)."""
+
+    def touch(self, first: Ids, last: Ids) -> None:
+        """Pages first[i] to last[i] are about to be read. May wait for room."""
+
+    def room(self) -> int:
+        """How many pages may be asked for ahead."""
+
+
 class TableFile:
     """One open file and what it looked like when opened."""
 
@@ -61,8 +71,16 @@ class TableFile:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.seen = os.fstat(self.fd)
         self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.watch: PageWatch | None = None
+        # Rows are read here and there: what the OS would read around them is waste.
         if self.map is not None:
             self.map.madvise(mmap.MADV_RANDOM)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def unmap(self, offset: int, nbytes: int) -> None:
+        """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
+        if self.map is not None and self.fd >= 0:
+            self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
 
     def change(self) -> str | None:
         """What is no longer as it was when opened; None if nothing. One system call."""
@@ -95,12 +113,9 @@ class Column:
         self.offsets = [region.offset for region in regions]
         self.first_rows = np.cumsum([0] + [region.rows for region in regions])
         self.views = [_view(file, region) for file, region in zip(self.files, regions, strict=True)]
-
-    @property
-    def pages_per_row(self) -> int:
-        """The most pages that one row touches: rows that divide a page and begin with it never cross into the next."""
+        # The most pages that one row touches: rows that divide a page and begin with it never cross into the next.
         aligned = PAGE % self.width == 0 and all(offset % self.width == 0 for offset in self.offsets)
-        return 1 if aligned else 2 + (self.width - 2) // PAGE
+        self.pages_per_row = 1 if aligned else 2 + (self.width - 2) // PAGE
 
     def split(self, ids: Ids) -> list[tuple[int, Ids | slice, Ids]]:
         """(region, where in `ids`, ids within the region) for each region that holds some of them."""
@@ -116,7 +131,9 @@ class Column:
     def read(self, ids: Ids, out: Bytes) -> None:
         """Rows ids[N] → out[N, width], of any row stride."""
         for region, where, local in self.split(ids):
-            view = self.views[region]
+            view, watch = self.views[region], self.files[region].watch
+            if watch is not None:
+                watch.touch(*self._page_range(region, local))
             if view is None:
                 self._pread(region, where, local, out)
             elif isinstance(where, slice) and out.flags.c_contiguous:
@@ -150,12 +167,17 @@ class Column:
             if run is not part:
                 part[:] = run
 
+    def _page_range(self, region: int, local: Ids) -> tuple[Ids, Ids]:
+        """The first and the last page of each row; one and the same array where no row crosses into another page."""
+        start = self.offsets[region] + local * self.width
+        first = start // PAGE
+        return first, first if self.pages_per_row == 1 else (start + self.width - 1) // PAGE
+
     def pages(self, ids: Ids) -> list[tuple[TableFile, Ids]]:
         """The distinct page numbers rows ids[N] stand on, ascending, per file region."""
         found = []
         for region, _, local in self.split(ids):
-            start = self.offsets[region] + local * self.width
-            first, last = start // PAGE, (start + self.width - 1) // PAGE
+            first, last = self._page_range(region, local)
             spans = [first + i for i in range(int((last - first).max(initial=0)) + 1)]
             pages = np.unique(np.concatenate([np.minimum(span, last) for span in spans]))
             found.append((self.files[region], pages))
@@ -258,6 +280,9 @@ class RowTable:
         total = 0
         for column in self._columns:
             for file, pages in column.pages(ids):
+                if file.watch is not None:  # under a limit: no more than there is room for
+                    pages = pages[: file.watch.room()]
+                    file.watch.touch(pages, pages)
                 total += len(pages)
                 starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
                 lengths = np.diff(starts, append=len(pages)) * PAGE

@@ -45,6 +45,5 @@ def lines(prepared: Prepared, settings: Settings) -> list[tuple[str, str, int, s
         found.append(("most that tables may hold", "RAM", plan.room.host_limit, "--host-memory-limit"))
     if device != "cpu":
         found.append(("left", device, plan.room.device_free - plan.copied("device"), "after all of this"))
-    in_ram = plan.copied("pinned") + (plan.copied("device") if device == "cpu" else 0)
-    found.append(("left", "RAM", plan.room.host_free - in_ram, "after all of this; the page cache of mapped tables"))
+    found.append(("left", "RAM", plan.room.host_free - plan.in_ram, "for the page cache of mapped tables"))
     return found

@@ -21,6 +21,7 @@ from torch import Tensor
 from server.batch import Batch, Bools, Ints
 from server.cache.device_table import DeviceFetch, DeviceTable
 from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
+from server.cache.residency import Residency, Resident
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -105,8 +106,13 @@ class MemoryStep:
 class Memories:
     """`packs` in attachment order. `window`: the longest n-gram any of them looks at."""
 
-    def __init__(self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher) -> None:
-        self.packs, self.prefetcher = tuple(packs), prefetcher
+    def __init__(
+        self,
+        packs: Sequence[AttachedPack | StemPack],
+        prefetcher: Prefetcher,
+        residency: Residency | None = None,
+    ) -> None:
+        self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[str, tuple[Ints, Bools, list[Lookup]]] = {}
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
@@ -182,6 +188,15 @@ class Memories:
         ]
         return (*self.prefetcher.counters(), *on_device)
 
+    def resident(self) -> list[tuple[str, int, Resident]]:
+        """(table, layer, what of it stands in memory) of every table."""
+        figures = self.residency.figures() if self.residency is not None else {}
+        return [
+            (table.name, layer, figures.get(table.name, Resident(table.nbytes, "copied")))
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+        ]
+
     def faults(self) -> dict[str, str]:
         """Packs whose table file was changed, cut or failed while serving, with what happened."""
         broken = {pack.name: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
@@ -190,6 +205,8 @@ class Memories:
     def close(self) -> None:
         self._pager.shutdown(cancel_futures=True)
         self.prefetcher.close()
+        if self.residency is not None:
+            self.residency.close()
         for pack in self.packs:
             for table in pack.tables.values():
                 table.close()

@@ -52,6 +52,16 @@ class CapacityPlan:
         """Bytes of the tables in `tier`."""
         return sum(place.need.nbytes for place in self.places if place.tier == tier)
 
+    @property
+    def in_ram(self) -> int:
+        """Bytes of the tables copied to RAM."""
+        return self.copied("pinned") + (self.copied("device") if self.room.device == "cpu" else 0)
+
+    @property
+    def mapped_limit(self) -> int:
+        """Most resident bytes of the mapped tables together; 0: no limit."""
+        return self.room.host_limit - self.in_ram if self.room.host_limit else 0
+
     def tier(self, table: str) -> str:
         return next(place.tier for place in self.places if place.need.name == table)
 

@@ -13,6 +13,7 @@ from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
 from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
+from server.cache.residency import Residency
 from server.cache.row_table import RowTable, Table
 from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
@@ -161,7 +162,8 @@ def load(settings: Settings) -> Loaded:
     memories = None
     if packs:
         place(packs, prepared.plan, device)
-        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on"))
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on")
+        memories = Memories(packs, prefetcher, watch(packs, prepared.plan))
     return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
 
 
@@ -170,6 +172,15 @@ def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, devic
     for pack in packs:
         for layer, table in pack.tables.items():
             pack.tables[layer] = placed(table, planned.tier(table.name), device)
+
+
+def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency | None:
+    """Who counts the mapped tables' pages, and holds them under what --host-memory-limit leaves for them."""
+    mapped = [table for pack in packs for table in pack.tables.values() if isinstance(table, RowTable)]
+    if not mapped:
+        return None
+    step = sum(place.need.step_bytes for place in planned.places if place.tier == "mapped")
+    return Residency(mapped, planned.mapped_limit, step)
 
 
 def placed(table: Table, tier: str, device: torch.device) -> Table:

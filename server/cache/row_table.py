@@ -13,6 +13,7 @@ interpreter lock, and mode="clip" keeps it from buffering `out`; the range is th
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from server.cache.row_types import Ids as Ids
 from server.errors import TableError
 
 ReadMode = Literal["mmap", "pread"]
+logger = logging.getLogger(__name__)
+
 PAGE = mmap.PAGESIZE
 READ_BYTES = 8 << 20  # of one sequential read
 
@@ -238,7 +241,7 @@ class RowTable:
                 column.read(ids, out if len(self._columns) == 1 else out[:, at : at + column.width])
                 at += column.width
         except TableError as error:
-            self.fault = error.message
+            self._break(error.message)
             raise
 
     def read_run(self, first: int, out: Bytes) -> None:
@@ -256,13 +259,18 @@ class RowTable:
         for file in self.files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def _break(self, what: str) -> None:
+        """From now on every gather fails: the rows are no longer to be trusted."""
+        self.fault = what
+        logger.error("table %s: %s", self.name, what)
+
     def check(self) -> None:
         """Raises TableError if a file is not what it was when opened, and from then on always."""
         if self.fault is None:
             for file in self.files:
                 change = file.change()
                 if change:
-                    self.fault = f"table file {file.path} {change} while in use; restart the server to read it anew"
+                    self._break(f"table file {file.path} {change} while in use; restart the server to read it anew")
                     break
         if self.fault is not None:
             raise TableError(self.fault)

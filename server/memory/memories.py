@@ -10,6 +10,7 @@ state as it was before any of them. Knows views and addresses; nothing of where 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from server.batch import Batch, Bools, Ints
 from server.cache.device_table import DeviceFetch, DeviceTable
 from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
 from server.cache.residency import Residency, Resident
+from server.cache.row_table import RowTable
+from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -196,6 +199,14 @@ class Memories:
             for pack in self.packs
             for layer, table in pack.tables.items()
         ]
+
+    def check(self) -> None:
+        """Looks at the table files without reading a row, so that what befell them shows in `faults`."""
+        for pack in self.packs:
+            for table in pack.tables.values():
+                if isinstance(table, RowTable):
+                    with contextlib.suppress(TableError):
+                        table.check()
 
     def faults(self) -> dict[str, str]:
         """Packs whose table file was changed, cut or failed while serving, with what happened."""

@@ -69,6 +69,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -W ignore -m kernels.aot
 	@rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@ls build/wheel/*.whl

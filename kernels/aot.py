@@ -1,0 +1,189 @@
+"""Every kernel compiled to cubin for sm_80 and sm_90 without a GPU, by Triton's own ptxas: `python -m kernels.aot`.
+
+What the interpreter cannot see shows here: an operator that this Triton lacks, code that ptxas rejects, and loads
+that lost their width because an address lost its alignment. Prints one line a kernel and target; exit status 1 on a
+failure.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kernels import (
+    admission,
+    memory_gate,
+    ngram_hash,
+    paged_attention,
+    rms_norm,
+    rotary,
+    row_lookup,
+    sampling,
+    short_conv,
+    stem_rows,
+)
+
+CAPABILITIES = (80, 90)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched: the types of its arguments in order, its constants, the width its loads must have."""
+
+    name: str
+    kernel: Any
+    types: tuple[str, ...]
+    constants: dict[str, Any]
+    vector: str | None = None
+
+
+def cases() -> Iterator[Case]:
+    yield Case(
+        "ngram_hash",
+        ngram_hash.hash_kernel,
+        ("*i64",) * 9 + ("i32", "i64", "i64", "i64", "i64"),
+        dict(
+            PAD=2,
+            N=3,
+            ORDERS=2,
+            ORDER_MASK=0b1100,
+            HEADS=8,
+            HEADS_PADDED=8,
+            COMPRESSED=True,
+            OLDEST_FIRST=False,
+            BLOCK=64,
+        ),
+    )
+    yield from lookups()
+    yield Case(
+        "admission",
+        admission.admission_kernel,
+        ("*i32", "*i32", "*i64", "*i64", "*i32", "*i64", "*i64", "*i64", "*i64", "*i32", "*i64", "*i64"),
+        dict(WAYS=32, WAYS_PADDED=32, HEADS=8, HEADS_PADDED=8, WORDS=68, WORDS_PADDED=128),
+        vector="ld.global.v4.b32",
+    )
+    gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=False, ZERO_IS_PLUS=False)
+    for conv in (False, True):
+        yield Case(
+            f"memory_gate{' with convolution' * conv}",
+            memory_gate.gate_kernel,
+            ("*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*i64", "*i1", "*fp32")
+            + ("i32",) * 3
+            + ("fp32",) * 3,
+            {**gate, "CONV": conv},
+            vector="ld.global.v",
+        )
+    yield Case(
+        "short_conv",
+        short_conv.conv_kernel,
+        ("*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*i64", "*i64", "*i64") + ("i32",) * 5,
+        dict(HC=1, H=1280, K=4, BLOCK=512),
+    )
+    yield Case(
+        "stem_rows",
+        stem_rows.stem_kernel,
+        ("*bf16", "*bf16", "*i64", "*bf16", "i32", "i32"),
+        dict(F=9728, BLOCK=1024),
+        vector="ld.global.v4",
+    )
+    yield Case(
+        "rms_norm",
+        rms_norm.norm_kernel,
+        ("*fp32", "*bf16", "*fp32", "*bf16", "fp32"),
+        dict(H=2560, BLOCK=4096, ADD=True),
+        vector="ld.global.v4",
+    )
+    yield Case(
+        "rotary", rotary.rotary_kernel, ("*bf16", "*fp32", "*i64", "i32"), dict(N=40, HALF=64, BLOCK_N=64, BLOCK=64)
+    )
+    yield Case(
+        "sampling",
+        sampling.sample_kernel,
+        ("*fp32", "*fp32", "*i64", "*i64", "*i64", "i32", "i32"),
+        dict(BLOCK=4096),
+        vector="ld.global.v4",
+    )
+    yield Case(
+        "write_kv", paged_attention.write_kernel, ("*bf16", "*i64", "*bf16", "i32"), dict(WIDTH=2048, BLOCK=2048),
+        vector="ld.global.v4",
+    )  # fmt: skip
+    heads = dict(D=128, DP=128, KV_HEADS=8, WIDEN=False)
+    yield Case(
+        "paged decode",
+        paged_attention.decode_kernel,
+        ("*bf16", "*bf16", "*i64", "*i64", "*fp32", "*fp32", "i32", "i32", "i32", "i32", "fp32"),
+        {**heads, "GROUP": 4, "GP": 16, "SPLIT": 512, "BLOCK": 64},
+        vector="ld.global.v4",
+    )
+    yield Case(
+        "paged decode, joined",
+        paged_attention.join_kernel,
+        ("*fp32", "*fp32", "*bf16", "i32"),
+        dict(D=128, DP=128, SP=8, HEADS=32),
+    )
+    yield Case(
+        "paged prefill",
+        paged_attention.prefill_kernel,
+        ("*bf16", "*bf16", "*i64", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
+        {**heads, "HEADS": 32, "BLOCK_Q": 64, "BLOCK": 64},
+    )
+
+
+def lookups() -> Iterator[Case]:
+    """Rows of 256 values, 8 heads, as the paper's and DeepSeek's tables have them; strides that 16 divides."""
+    for kind, number in row_lookup.KINDS.items():
+        stored, stride = ("*bf16", 256) if kind == "plain" else ("*u8", 256 if kind == "float8_e4m3" else 272)
+        yield Case(
+            f"row_lookup of {kind} rows",
+            row_lookup.lookup_kernel,
+            (stored, stored, *("*i64",) * 5, "*bf16", "*i64", "i32", "i32", "fp32"),
+            dict(
+                KIND=number, HEADS=8, D=256, STRIDE=stride, WAYS=32, WAYS_PADDED=32, HEADS_PADDED=8, DP=256, CACHED=True
+            ),
+            vector="ld.global.v4.b32",
+        )  # fmt: skip
+
+
+def compiled(case: Case, capability: int) -> Any:
+    """Triton's compiled kernel, with `.asm["ptx"]` and `.asm["cubin"]`. Raises what Triton or ptxas raise."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [name for name in case.kernel.arg_names if name not in case.constants]
+    signature = dict(zip(names, case.types, strict=True)) | dict.fromkeys(case.constants, "constexpr")
+    places = {name: index for index, name in enumerate(case.kernel.arg_names)}
+    # As a launch specialises: addresses, strides and vocabularies that 16 divides.
+    attrs = {
+        (places[name],): [["tt.divisibility", 16]]
+        for name, kind in zip(names, case.types, strict=True)
+        if kind.startswith("*") or (kind == "i32" and (name.endswith("stride") or name == "vocab"))
+    }
+    source = ASTSource(case.kernel, signature, {(places[n],): v for n, v in case.constants.items()}, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def check(case: Case, capability: int, say: Callable[[str], None] = print) -> bool:
+    try:
+        assembly = compiled(case, capability).asm
+    except Exception as error:
+        say(f"FAILED  {case.name}, sm_{capability}: {type(error).__name__}: {str(error).strip()[:400]}")
+        return False
+    if case.vector is not None and case.vector not in assembly["ptx"]:
+        say(f"FAILED  {case.name}, sm_{capability}: no {case.vector} in its PTX; a load lost its width")
+        return False
+    say(f"ok      {case.name}, sm_{capability}: {len(assembly['cubin']):,} bytes")
+    return True
+
+
+def main() -> int:
+    import triton
+
+    print(f"Triton {triton.__version__}")
+    results = [check(case, capability) for case in cases() for capability in CAPABILITIES]
+    print(f"{sum(results)} of {len(results)} compiled")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Triton, where it is installed; without it kernels are plain functions that nobody calls.
+
+`from kernels.language import jit, tl` in every op: modules import on any machine, and `available` says whether their
+kernels can run or be compiled. TRITON_INTERPRET=1 in the environment before the first import makes Triton run them on
+the CPU, one program after another; tests do.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+
+class NoLanguage:
+    """What kernel signatures name."""
+
+    constexpr = None
+
+
+triton: Any = None
+tl: Any = NoLanguage()
+with suppress(ImportError):
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+
+available = triton is not None
+interpreting = available and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """`triton.jit`, or the function as it is where Triton is not installed."""
+    return triton.jit(kernel) if available else kernel
+
+
+def runs_on(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels run on this tensor's device: CUDA, or anything while interpreting."""
+    return available and (tensor.is_cuda or interpreting)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that holds `size`: what block shapes are made of."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks of `block` cover `size`."""
+    return -(-size // block)

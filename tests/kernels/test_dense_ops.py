@@ -1,0 +1,65 @@
+"""Norm, rotary and sampling kernels against float64 formulas and the sampler's own noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import rms_norm, rotary, sampling
+from server.runtime.philox import uniform
+
+
+@pytest.mark.parametrize("implementation", [rms_norm.add_rms_norm, rms_norm.reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_reads_the_stream_after_the_addition(implementation, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stream, delta = torch.randn(3, 70, generator=generator), torch.randn(3, 70, generator=generator).to(dtype)
+    weight = torch.randn(70, generator=generator)
+    total = stream.double() + delta.double()
+    expected = total / (total.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    out = implementation(stream, delta, weight, 1e-5, dtype)
+    torch.testing.assert_close(stream.double(), total, atol=1e-6, rtol=1e-6)  # one fp32 addition
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7  # rounded once; the interpreter cuts instead
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", [rotary.rotate_, rotary.reference])
+def test_pairs_turn_by_the_angle_of_their_position(implementation) -> None:
+    angle = torch.outer(torch.arange(50.0), 0.5 ** torch.arange(6.0))
+    table = torch.polar(torch.full_like(angle, 1.25), angle)
+    wide = torch.randn(4, 3 * 12 + 5, generator=torch.Generator().manual_seed(1))
+    heads, positions = wide[:, :36].view(4, 3, 12), torch.tensor([0, 3, 49, 7])
+    pairs = torch.view_as_complex(heads.double().reshape(4, 3, 6, 2))
+    expected = torch.view_as_real(pairs * table.to(torch.complex128)[positions][:, None]).flatten(-2)
+    untouched = wide[:, 36:].clone()
+    implementation(heads, table, positions)
+    torch.testing.assert_close(heads.double(), expected, atol=1e-5, rtol=1e-5)  # fp32 products
+    assert torch.equal(wide[:, 36:], untouched)
+
+
+@pytest.mark.parametrize("implementation", [sampling.sample, sampling.reference])
+def test_a_draw_is_where_the_mass_passes_the_noise_of_its_seed_and_position(
+    implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(12, 150, generator=generator)
+    logits[1, 20] = logits[1, 90] = 9.0  # equals: the first wins
+    temperature = torch.tensor([0.0, 0.0] + [0.2, 0.7, 1.0, 1.5, 3.0] * 2)
+    seeds = torch.randint(0, 2**62, (12,), generator=generator)
+    positions = torch.randint(0, 2**40, (12,), generator=generator)
+    noise = uniform(seeds.numpy().astype(np.uint64), positions.numpy().astype(np.uint64))
+    expected = logits.argmax(-1)
+    expected[1] = 20
+    for row in range(2, 12):
+        mass = torch.softmax(logits[row].double() / temperature[row].double(), -1).cumsum(0)
+        assert (mass - noise[row]).abs().min() > 1e-6  # no rounding decides this draw
+        expected[row] = int((mass > noise[row]).nonzero()[0])
+    assert torch.equal(implementation(logits, temperature, seeds, positions), expected)
+
+
+def test_the_reference_noise_is_the_samplers() -> None:
+    seeds, positions = [0, 1, 2**63 + 5], [0, 77, 2**35]
+    expected = uniform(np.array(seeds, np.uint64), np.array(positions, np.uint64))
+    assert [sampling.uniform(s, p) for s, p in zip(seeds, positions, strict=True)] == expected.tolist()

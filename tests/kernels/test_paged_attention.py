@@ -1,0 +1,83 @@
+"""Paged attention against the formula in float64; unwritten cache slots hold NaN and are never read.
+
+Tolerance: fp32 sums of a few hundred terms, 2e-5; bf16 weights and outputs are rounded to 8 bits, 2e-2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels import paged_attention
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+BLOCK_SIZE = 8
+
+
+def paged(lengths: list[int], kv_heads: int, width: int, dtype: torch.dtype):
+    """A cache with scattered pages, its keys and values in order, and the block table."""
+    generator = torch.Generator().manual_seed(0)
+    pages = [-(-n // BLOCK_SIZE) for n in lengths]
+    order = torch.randperm(sum(pages), generator=generator) + 1
+    cache = torch.full((sum(pages) + 1, BLOCK_SIZE, 2 * kv_heads * width), math.nan, dtype=dtype)
+    table = torch.zeros(len(lengths), max(pages) + 1, dtype=torch.int64)
+    contents, at = [], 0
+    for b, (n, count) in enumerate(zip(lengths, pages, strict=True)):
+        table[b, :count] = order[at : at + count]
+        at += count
+        kv = torch.randn(n, 2 * kv_heads * width, generator=generator).to(dtype)
+        slots = table[b, torch.arange(n) // BLOCK_SIZE] * BLOCK_SIZE + torch.arange(n) % BLOCK_SIZE
+        paged_attention.write_kv(cache, slots, kv)
+        contents.append(kv.double().view(n, 2, kv_heads, width))
+    return cache, table, contents
+
+
+def attention64(query, contents, counts, window: int) -> torch.Tensor:
+    outs, at = [], 0
+    for kv, count in zip(contents, counts, strict=True):
+        n, group = len(kv), query.shape[1] // kv.shape[2]
+        for i in range(count):
+            p = n - count + i
+            first = max(0, p - window + 1) if window else 0
+            keys, values = kv[first : p + 1, 0], kv[first : p + 1, 1]
+            heads = []
+            for h in range(query.shape[1]):
+                score = keys[:, h // group] @ query[at + i, h].double() / math.sqrt(query.shape[2])
+                heads.append(score.softmax(0) @ values[:, h // group])
+            outs.append(torch.stack(heads))
+        at += count
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("width", [16, 24])
+def test_decode_sees_its_whole_context_whatever_the_splits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int, width: int
+) -> None:
+    monkeypatch.setattr(paged_attention, "SPLIT_TOKENS", 64)
+    lengths = [1, 70, 130]
+    cache, table, contents = paged(lengths, 2, width, dtype)
+    query = torch.randn(3, 6, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = paged_attention.decode(query, cache, table, torch.tensor(lengths), 2, window)
+    expected = attention64(query, contents, [1, 1, 1], window)
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", ["prefill", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 20])
+def test_prefill_is_causal_from_where_its_chunk_begins(implementation: str, dtype: torch.dtype, window: int) -> None:
+    lengths, counts = [90, 5, 33], [70, 5, 1]
+    cache, table, contents = paged(lengths, 2, 16, dtype)
+    wide = torch.randn(sum(counts), 4 * 16 + 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    query = wide[:, :64].view(-1, 4, 16)  # rows strided, as a slice of q, k and v
+    starts = torch.tensor([0, 70, 75, 76])
+    extra = (70,) if implementation == "prefill" else ()
+    got = getattr(paged_attention, implementation)(
+        query, cache, table, starts, torch.tensor(lengths), 2, *extra, window
+    )
+    expected = attention64(query, contents, counts, window)
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

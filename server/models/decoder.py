@@ -1,8 +1,10 @@
-"""The dense Llama-family decoder: embed, blocks, norm, head, over a flat batch of tokens.
+"""The dense decoder: embed, blocks, norm, head, over a flat batch of tokens.
 
     hidden[T, H]  ── memory? ──► norm ─ qkv ─ rotary ─ attention ─ out ─(+)─ norm ─ gate·up ─ down ─(+)──► next block
+                                        └ norm of heads?           └ norm?              activation └ norm?
 
-Query, key and value are one matrix, and so are gate and up. The residual stream is fp32 in every dtype:
+Query, key and value are one matrix, and so are gate and up. What is marked with ? only some families have
+(`families.Features`). The residual stream is fp32 in every dtype:
 with a stream in bf16 each of 60 additions rounds, and SmolLM2's logits stray twice as far from fp32
 (docs/experiments.md). It knows nothing of sequences or sampling; attention and
 memory are handed in per step.
@@ -10,7 +12,8 @@ memory are handed in per step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,6 +24,12 @@ from server.batch import Batch
 from server.models.attention.base import AttentionBackend
 from server.models.config import ModelConfig
 from server.models.layers import Linear, RMSNorm, Rotary, interleave
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+INTERLEAVED = (".q_proj.", ".k_proj.", ".q_norm.", ".k_norm.")  # of what is rotated in pairs
 
 
 class MemoryStep(Protocol):
@@ -42,17 +51,22 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, *, has_up: bool = True) -> None:
         super().__init__()
         self.layer, self.has_up = layer, has_up
+        features, eps = config.features, config.rms_norm_eps
         heads = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_heads, self.qk_size = heads, heads[0] * heads[1]
         hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
         qkv_size = self.qk_size + config.num_kv_heads * config.head_dim
-        self.attention_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
-        self.qkv = Linear(hidden, qkv_size, bias=config.attention_bias, dtype=dtype)
-        self.out = Linear(q_size, hidden, bias=config.attention_bias, dtype=dtype)
-        self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        self.attention_norm = RMSNorm(hidden, eps, dtype)
+        self.qkv = Linear(hidden, qkv_size, bias=features.attention_bias, dtype=dtype)
+        self.head_norm = RMSNorm(heads, eps, torch.float32) if features.qk_norm else None
+        self.out = Linear(q_size, hidden, bias=features.output_bias, dtype=dtype)
+        self.mlp_norm = RMSNorm(hidden, eps, dtype)
         inner = config.intermediate_size
-        self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=config.mlp_bias, dtype=dtype)
-        self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype)
+        self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=features.mlp_bias, dtype=dtype)
+        self.activation = ACTIVATIONS[features.activation]
+        self.down = Linear(inner, hidden, bias=features.mlp_bias, dtype=dtype)
+        self.after_attention = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
+        self.after_mlp = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
 
         self.parts: dict[str, tuple[nn.Module, slice]] = {
             "input_layernorm": (self.attention_norm, slice(None)),
@@ -64,6 +78,13 @@ class Block(nn.Module):
             "mlp.gate_proj": (self.gate_up, slice(0, inner)),
             "mlp.down_proj": (self.down, slice(None)),
         }
+        if self.head_norm is not None:
+            self.parts["self_attn.q_norm"] = (self.head_norm, slice(0, config.num_heads))
+            self.parts["self_attn.k_norm"] = (self.head_norm, slice(config.num_heads, None))
+        if self.after_attention is not None and self.after_mlp is not None:
+            self.parts["post_attention_layernorm"] = (self.after_attention, slice(None))
+            self.parts["pre_feedforward_layernorm"] = (self.mlp_norm, slice(None))
+            self.parts["post_feedforward_layernorm"] = (self.after_mlp, slice(None))
         if has_up:
             self.parts["mlp.up_proj"] = (self.gate_up, slice(inner, 2 * inner))
 
@@ -75,12 +96,19 @@ class Block(nn.Module):
         return parameter[rows]
 
     def forward(
-        self, hidden: Tensor, rotation: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
+        self, hidden: Tensor, rotation: Tensor | None, attention: AttentionBackend, memory: MemoryStep | None = None
     ) -> Tensor:
-        """hidden[T, H] → [T, H]. `memory`: what replaces this layer's up-projection, if anything does."""
+        """hidden[T, H] → [T, H]. `rotation`: its layer's; `memory`: what replaces its up-projection, if anything."""
         qkv = self.qkv(self.attention_norm(hidden))
-        Rotary.rotate_(qkv[:, : self.qk_size].view(-1, *self.qk_heads), rotation)
-        hidden = hidden + self.out(attention.forward(qkv, self.layer))
+        heads = qkv[:, : self.qk_size].view(-1, *self.qk_heads)
+        if self.head_norm is not None:
+            heads.copy_(self.head_norm(heads.float()))
+        if rotation is not None:
+            Rotary.rotate_(heads, rotation)
+        attended = self.out(attention.forward(qkv, self.layer))
+        if self.after_attention is not None:
+            attended = self.after_attention(attended.float())
+        hidden = hidden + attended
         gate: Tensor = self.gate_up(self.mlp_norm(hidden))
         up: Tensor | None = None
         if self.has_up:
@@ -88,7 +116,10 @@ class Block(nn.Module):
         if memory is not None:
             up = memory.up(self.layer, up)
         assert up is not None, f"layer {self.layer} has no up-projection and no memory gives one"
-        return hidden.add_(self.down(F.silu(gate).mul_(up)))
+        fed = self.down(self.activation(gate).mul_(up))
+        if self.after_mlp is not None:
+            fed = self.after_mlp(fed.float())
+        return hidden.add_(fed)
 
 
 class Decoder(nn.Module):
@@ -107,18 +138,23 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.head.weight = self.embed
-        self.rotary = Rotary(config, max_len)
+        used = dict.fromkeys(kind for kind in config.features.rotary if kind != "none")
+        self.rotary = nn.ModuleDict({kind: Rotary(config, max_len, kind) for kind in used})
+        # transformers rounds the factor to the model's dtype, and so were the models trained
+        self.embed_scale = float(torch.tensor(config.features.embed_scale, dtype=dtype, device="cpu"))
 
     def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
         """The last hidden states [T, H], normed, of all tokens of the batch."""
         attention.plan(batch)
         hidden = F.embedding(batch.token_ids, self.embed).float()
-        rotation = self.rotary.at(batch.positions)
+        if self.embed_scale != 1.0:
+            hidden = hidden.mul_(self.embed_scale)
+        rotations = {k: rotary.at(batch.positions) for k, rotary in self.rotary.items() if isinstance(rotary, Rotary)}
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
             replaced = memory if memory is not None and layer in memory.up_layers else None
-            hidden = block(hidden, rotation, attention, replaced)
+            hidden = block(hidden, rotations.get(self.config.features.rotary[layer]), attention, replaced)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -133,11 +169,13 @@ class Decoder(nn.Module):
         The tensors' names and shapes are already checked (`weights.tensors`).
         """
         for name, tensor in tensors:
-            if ".q_proj." in name or ".k_proj." in name:
+            if any(part in name for part in INTERLEAVED):
                 tensor = interleave(tensor, self.config.head_dim)
             slot = self._slot(name)
             if slot is not None:
                 slot.copy_(tensor)
+                if name.endswith("norm.weight"):
+                    slot.add_(self.config.features.norm_offset)
 
     def _slot(self, name: str) -> Tensor | None:
         """Where a tensor goes; None for an up-projection that this model does without."""

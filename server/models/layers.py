@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.models.config import ModelConfig
+from server.models.families import RotaryKind
 
 
 class Linear(nn.Module):
@@ -27,9 +28,12 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight of the fp32 residual stream, rounded once, to `dtype`."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension of fp32 values, rounded once, to `dtype`.
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+    `size`: the weight's shape, whose last dimension is normed.
+    """
+
+    def __init__(self, size: int | tuple[int, ...], eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
         self.register_buffer("eps", torch.tensor(eps), persistent=False)
@@ -43,14 +47,15 @@ class RMSNorm(nn.Module):
         return (x * scale).mul_(self.weight).to(self.dtype)
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def inverse_frequencies(config: ModelConfig, kind: RotaryKind = "global") -> tuple[Tensor, float]:
     """Rotary frequencies [D / 2] in fp32 and the factor on cos and sin (1 except for YaRN).
 
     Sources: RoPE (arXiv 2104.09864); Llama 3.1's rule by wavelength; YaRN (arXiv 2309.00071) §3.
     """
     half = config.head_dim // 2
-    frequency = 1.0 / config.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
-    scaling = config.rope_scaling
+    theta = config.features.local_theta if kind == "local" else config.rope_theta
+    frequency = 1.0 / theta ** (torch.arange(half, dtype=torch.float32) / half)
+    scaling = None if kind == "local" else config.rope_scaling
     if scaling is None:
         return frequency, 1.0
     if scaling.kind == "linear":
@@ -82,9 +87,9 @@ class Rotary(nn.Module):
     sequences on CPU.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int) -> None:
+    def __init__(self, config: ModelConfig, max_len: int, kind: RotaryKind = "global") -> None:
         super().__init__()
-        frequency, factor = inverse_frequencies(config)
+        frequency, factor = inverse_frequencies(config, kind)
         angle = torch.outer(torch.arange(max_len, dtype=torch.float32), frequency)
         self.register_buffer("table", torch.polar(torch.full_like(angle, factor), angle), persistent=False)
         self.table: Tensor

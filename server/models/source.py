@@ -18,9 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from server.errors import BrokenModel, UnknownModel, UnsupportedModel
-from server.models.config import FAMILIES, ModelConfig, token_ids
+from server.models.config import ModelConfig
+from server.models.families import FAMILIES
 from server.models.gguf_file import GgufFile
 from server.models.tokenizer import Tokenizer, backend_from_file, backend_from_gguf
+from server.models.values import token_ids
 
 BUILTIN = "builtin:"
 # name → package that holds the file, file, and how to install the package
@@ -169,8 +171,12 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
     """The config that a GGUF's metadata and tensor shapes say. Raises UnsupportedModel or BrokenModel."""
     metadata, tensors = gguf.metadata, gguf.tensors
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
-        raise UnsupportedModel(f"{gguf.path} holds architecture {architecture!r}; supported: {', '.join(FAMILIES)}")
+    known = [name for name, family in FAMILIES.items() if family.gguf]
+    if architecture not in known:
+        raise UnsupportedModel(
+            f"{gguf.path} holds architecture {architecture!r}; supported in GGUF: {', '.join(known)}; of other models "
+            f"serve the Hugging Face folder"
+        )
     if gguf.number("split.count", 1) > 1:
         raise UnsupportedModel(f"{gguf.path} is one part of several; merge them into one file first")
 
@@ -182,9 +188,11 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise BrokenModel(f"{gguf.path} lacks the tensor token_embd.weight")
+    # llama.cpp calls Mistral a llama; those with a window carry it here.
+    windowed = architecture == "llama" and value("attention.sliding_window")
     ends = [gguf.number(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     hf = {
-        "architectures": [FAMILIES[architecture].hf_class],
+        "architectures": [FAMILIES["mistral" if windowed else architecture].hf_class],
         "vocab_size": embedding.shape[0],
         "hidden_size": value("embedding_length"),
         "intermediate_size": value("feed_forward_length"),
@@ -197,6 +205,9 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
         "rope_scaling": _gguf_rope_scaling(gguf, architecture),
         "max_position_embeddings": value("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
+        "sliding_window": value("attention.sliding_window"),
+        "use_sliding_window": value("attention.sliding_window") is not None,
+        "max_window_layers": 0,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "eos_token_id": list(dict.fromkeys(token_ids("eos_token_id", [i for i in ends if i is not None]))),

@@ -29,11 +29,14 @@ GGUF_PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+PERMUTED = "llama"  # the architecture whose query and key rows llama.cpp reorders; Qwen's it leaves as they are
 GGUF_EXTRA = frozenset({"rope_freqs.weight"})  # read with the config
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SLICE_BYTES = 16 << 20
@@ -42,22 +45,27 @@ FINGERPRINT_ROWS = 64
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor the model has, in loading order, with its shape."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    features, hidden, inner = config.features, config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     linears = {
-        "self_attn.q_proj": (queries, hidden, config.attention_bias),
-        "self_attn.k_proj": (keys, hidden, config.attention_bias),
-        "self_attn.v_proj": (keys, hidden, config.attention_bias),
-        "self_attn.o_proj": (hidden, queries, config.attention_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+        "self_attn.q_proj": (queries, hidden, features.attention_bias),
+        "self_attn.k_proj": (keys, hidden, features.attention_bias),
+        "self_attn.v_proj": (keys, hidden, features.attention_bias),
+        "self_attn.o_proj": (hidden, queries, features.output_bias),
+        "mlp.gate_proj": (inner, hidden, features.mlp_bias),
+        "mlp.up_proj": (inner, hidden, features.mlp_bias),
+        "mlp.down_proj": (hidden, inner, features.mlp_bias),
     }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if features.norms_after:
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if features.qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        for norm, size in norms.items():
+            shapes[f"{prefix}{norm}.weight"] = (size,)
         for name, (rows, columns, bias) in linears.items():
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
@@ -204,6 +212,7 @@ def _gguf_tensors(source: ModelSource, gguf: GgufFile, dtype: torch.dtype) -> It
     config = source.config
     _check(source, _gguf_shapes(gguf, config))
     data = gguf.map()
+    permuted = gguf.metadata.get("general.architecture") == PERMUTED
     for name, shape in expected_shapes(config).items():
         stored = gguf_name(name)
         rows, columns = gguf.tensors[stored].rows, shape[-1]
@@ -213,9 +222,9 @@ def _gguf_tensors(source: ModelSource, gguf: GgufFile, dtype: torch.dtype) -> It
             stop = min(start + step, rows)
             tensor[start:stop] = torch.from_numpy(gguf.rows(data, stored, start, stop))
         tensor = tensor.view(shape)
-        if ".q_proj." in name:
+        if permuted and ".q_proj." in name:
             tensor = unpermute(tensor, config.num_heads)
-        elif ".k_proj." in name:
+        elif permuted and ".k_proj." in name:
             tensor = unpermute(tensor, config.num_kv_heads)
         yield name, tensor
 

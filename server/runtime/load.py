@@ -294,7 +294,12 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
     replaced = stem_layers(loaded.memories.packs)
     if replaced:
         config = loaded.source.config
-        size = len(replaced) * config.intermediate_size * (config.hidden_size + config.mlp_bias) * loaded.dtype.itemsize
+        size = (
+            len(replaced)
+            * config.intermediate_size
+            * (config.hidden_size + config.features.mlp_bias)
+            * loaded.dtype.itemsize
+        )
         state = "not loaded" if loaded.model.without_up else "kept by --keep-up-projection"
         lines.append(("up-projections", f"{mebibytes(size)} at {len(replaced)} layers {state}: STEM rows replace them"))
     if loaded.token_budget < settings.max_num_batched_tokens:

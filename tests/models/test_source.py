@@ -16,8 +16,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from server.errors import BrokenModel, ModelError, UnknownModel, UnsupportedModel
 from server.models import source as source_module
-from server.models.config import ModelConfig, RopeScaling
+from server.models.config import ModelConfig
 from server.models.gguf_file import GgufFile
+from server.models.rope import RopeScaling
 from server.models.source import ModelSource, config_from_gguf, open_source
 
 SHAPE = {

@@ -83,10 +83,8 @@ def test_decoding_one_by_one_gives_the_tokens_of_decoding_padded(tiny: str, monk
     monkeypatch.setattr("server.models.attention.sdpa.CALL_COST_TOKENS", 0)
     engine = engine_on(tiny)
     groups: list[int] = []
-    plan = engine.runner.attention.plan
-    monkeypatch.setattr(
-        engine.runner.attention, "plan", lambda batch: (plan(batch), groups.append(len(engine.runner.attention.groups)))
-    )
+    attention, plan = engine.runner.attention, engine.runner.attention.plan
+    monkeypatch.setattr(attention, "plan", lambda batch: (plan(batch), groups.append(len(attention.plans[0].groups))))
     assert drive(engine, prompts, max_tokens=12) == padded
     assert max(groups) == 4  # the path was taken
 

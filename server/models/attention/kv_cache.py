@@ -8,9 +8,11 @@ padding pages are read under a mask, and 0 · NaN would not be 0.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from server.batch import Ints
 from server.models.config import ModelConfig
 
 
@@ -45,9 +47,9 @@ class KVCache:
         return taken.view(-1, cache.shape[-1])
 
 
-def pages(blocks: Tensor) -> Pages:
+def pages(blocks: Ints, device: torch.device) -> Pages:
     """blocks[N] as a slice if they are neighbours in ascending order, so that reading them copies nothing."""
-    ids = blocks.tolist()
-    if ids == list(range(ids[0], ids[0] + len(ids))):
-        return slice(ids[0], ids[0] + len(ids))
-    return blocks
+    first = int(blocks[0])
+    if np.array_equal(blocks, np.arange(first, first + len(blocks))):
+        return slice(first, first + len(blocks))
+    return torch.from_numpy(blocks).to(device)

@@ -46,6 +46,12 @@ class Settings:
         False, "keep what a STEM memory replaces, so that requests may do without the memory", "memory"
     )
     staging: int = setting(64 * MIB, "bytes of staging buffers for fetched rows", "memory", size=True)
+    device_cache: int = setting(
+        0, "bytes of device memory that keep the rows most asked for; 0: none", "memory", size=True
+    )
+    hot_list: str = setting(
+        "on", "keep the hottest n-grams over restarts (with a device cache)", "memory", choices=("on", "off")
+    )
 
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")
     max_num_batched_tokens: int = setting(512, "tokens computed per step: decode first, the rest prefill", "scheduler")

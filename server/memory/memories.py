@@ -180,9 +180,9 @@ def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools) -> None:
 
 def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:
     """One a layer. Token-id rows are large and repeat within a step, so that each distinct one is read once."""
-    dedup = isinstance(pack, StemPack)
+    dedup, orders = isinstance(pack, StemPack), pack.addresser.orders
     addresses = pack.address(windows, blocked)
-    return [Lookup(pack.tables[layer], layer, *address, dedup=dedup) for layer, address in addresses.items()]
+    return [Lookup(pack.tables[layer], layer, rows, keys, dedup, orders) for layer, (rows, keys) in addresses.items()]
 
 
 def seen_by(batch: Batch, pack: Attachment) -> Seen | None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from dataclasses import astuple
 
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.runtime.blocks import BlockPool
-from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import EngineStats, FinishReason, StepOutputs, Submit, TokenOutput
 from server.runtime.runner import Runner
 from server.runtime.sampler import Sampled
 from server.runtime.scheduler import Scheduler, Work
@@ -115,7 +114,7 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.prefetcher.counters()) if memories else (),
+            memory=memories.prefetcher.counters() if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
         )
 

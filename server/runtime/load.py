@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from server.cache.hot_rows import HotRows, Source
 from server.cache.prefetcher import Prefetcher
 from server.cache.staging import max_tokens
 from server.errors import CapacityError, PackError, SettingsError
@@ -127,10 +128,26 @@ def load(settings: Settings) -> Loaded:
     attention = SdpaBackend(source.config, cache)
     memories, budget = None, settings.max_num_batched_tokens
     if packs:
-        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on"))
+        hot = device_cache(settings, packs, device)
+        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot))
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
         budget = min(budget, max_tokens(settings.staging, lookups, dtype))
     return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)
+
+
+def device_cache(settings: Settings, packs: Sequence[AttachedPack | StemPack], device: torch.device) -> HotRows | None:
+    """The hot rows of --device-cache, for all tables. Raises CapacityError if it is too small or does not fit."""
+    if not settings.device_cache:
+        return None
+    sources = [
+        Source(table, layer, pack.addresser.orders, pack.addresser.heads)
+        for pack in packs
+        for layer, table in pack.tables.items()
+    ]
+    try:
+        return HotRows(settings.device_cache, sources, device)
+    except (RuntimeError, MemoryError) as error:
+        raise CapacityError(f"no room on {device} for --device-cache {settings.device_cache}; set it lower") from error
 
 
 def open_packs(
@@ -223,6 +240,12 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
                 f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
                 f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
             )
+        )
+    hot = loaded.memories.prefetcher.hot
+    if hot is not None:
+        pools = ", ".join(f"{pool.capacity:,} entries of {size:,} bytes" for size, pool in hot.pools.items())
+        lines.append(
+            ("device cache", f"{mebibytes(hot.nbytes)}: {pools}; {mebibytes(hot.host_bytes)} of tags in host memory")
         )
     replaced = stem_layers(loaded.memories.packs)
     if replaced:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.cache.counters import LayerCounters
 from server.errors import EngramError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -115,16 +116,7 @@ class TokenOutput:
         return TokenOutput, tuple(getattr(self, name) for name in self.__slots__)
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryCounters:
-    """Running totals of one (table, layer): rows and bytes read, seconds fetching, seconds a layer waited."""
-
-    table: str
-    layer: int
-    rows: int
-    bytes: int
-    fetch_s: float
-    stall_s: float
+MemoryCounters = LayerCounters  # what the prefetcher counts crosses as it is
 
 
 @dataclass(frozen=True, slots=True)

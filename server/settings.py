@@ -85,6 +85,12 @@ class Settings:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
 
 
+def cache_folder() -> Path:
+    """Where files that can be made again are kept between runs: $XDG_CACHE_HOME/engram-server, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "engram-server"
+
+
 def flag(name: str) -> str:
     """`max_num_seqs` → `--max-num-seqs`."""
     return "--" + name.replace("_", "-")

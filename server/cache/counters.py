@@ -2,11 +2,12 @@
 
     looked_up  =  device_hits  +  read  +  shared            rows, exactly, for every order
 
-Tuples, because they cross the engine's pipe with every step and those pickle fast. Knows numbers only.
+Crosses the engine's pipe with every step. Knows numbers only.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -25,8 +26,11 @@ class OrderCounters(NamedTuple):
     evictions: int = 0
 
 
-class LayerCounters(NamedTuple):
-    """Running totals of one (table, layer): rows and bytes read from the table, seconds fetching, seconds waited.
+@dataclass(frozen=True, slots=True)
+class LayerCounters:
+    """Running totals of one (table, layer): rows looked up (distinct ones, where each is read once), bytes read from
+    the table, seconds fetching, seconds waited; rows found in the device cache, let in and put out; now: rows its pool
+    has room for, and the bytes of it that hold rows of this table.
 
     A fetch counts once it has been waited for. `orders` is empty for lookups that do not name theirs.
     """
@@ -37,4 +41,9 @@ class LayerCounters(NamedTuple):
     bytes: int = 0
     fetch_s: float = 0.0
     stall_s: float = 0.0
+    device_hits: int = 0
+    admissions: int = 0
+    evictions: int = 0
+    capacity: int = 0
+    cache_bytes: int = 0
     orders: tuple[OrderCounters, ...] = ()

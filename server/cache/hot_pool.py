@@ -48,10 +48,11 @@ def mixed(owners: Ids, keys: Ids) -> Hashes:
 
 @dataclass(frozen=True, slots=True)
 class Newcomers:
-    """Who is to enter: places[M] in the misses given, and the slots[M] they take."""
+    """Who is to enter: places[M] among the misses given, the slots[M] they take, and how often they were seen."""
 
     places: Ids
     slots: Ids
+    counts: Counts
 
 
 class HotPool:
@@ -136,13 +137,14 @@ class HotPool:
         coldest = np.argsort(self._counts[chosen], axis=1, kind="stable")
         ways = coldest[np.arange(len(places)), np.minimum(rank, self.ways - 1)]
         enters = (rank < self.ways) & (heat > self._counts[chosen, ways])
-        return Newcomers(places[enters], (chosen * self.ways + ways)[enters])
+        return Newcomers(places[enters], (chosen * self.ways + ways)[enters], heat[enters])
 
-    def enter(self, slots: Ids, owners: Ids, keys: Ids, counts: Counts, rows: Bytes) -> Ids:
-        """Puts entries rows[M, E] into distinct slots[M]; returns the owners of those that had to leave.
+    def enter(self, newcomers: Newcomers, owners: Ids, keys: Ids, rows: Bytes) -> Ids:
+        """Puts the newcomers' entries, rows[M, E], into their slots; returns the owners of those that had to leave.
 
         A slot's tag is void while its row is written: a reader finds the old entry, nothing, or the new one.
         """
+        slots = newcomers.slots
         held, ways = self._owners.reshape(-1), self._keys.reshape(-1)
         tally = self._counts.reshape(-1)
         leaving = slots[held[slots] != EMPTY]
@@ -154,13 +156,10 @@ class HotPool:
             self._host_rows[slots] = words.numpy()
         else:
             self._rows.index_copy_(0, torch.from_numpy(slots).to(self.device), words.to(self.device))
-        ways[slots], tally[slots] = keys, counts
+        ways[slots], tally[slots] = keys, newcomers.counts
         self._askers[slots] = NOBODY
         held[slots] = owners
         return left
-
-    def estimate(self, hashes: Hashes) -> Counts:
-        return self._sketch.estimate(hashes)
 
     def age(self, accesses: int) -> None:
         """Counts accesses; halves all frequencies each time AGE · capacity of them are over."""

@@ -18,6 +18,8 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +54,14 @@ class Source:
     @property
     def entry_bytes(self) -> int:
         return self.heads * self.table.row_bytes
+
+
+class Occupancy(NamedTuple):
+    """Of a table's pool: the rows it has room for, shared with tables of the same entry size, and the bytes in use by
+    this one."""
+
+    capacity: int
+    nbytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -94,12 +104,14 @@ class HotRows:
         self.every, self.most = every, most
         self.pools = {size: HotPool(size, share, device) for size, share in shares(nbytes, sources).items()}
         starts = np.cumsum([0] + [len(source.orders) for source in sources]).tolist()
-        self._lines = dict(zip(self.sources, starts[:-1], strict=True))  # a number for each (source, order)
+        ranges = [slice(first, end) for first, end in pairwise(starts)]
+        self._lines = dict(zip(self.sources, ranges, strict=True))  # a number for each (source, order)
         self._line_count = starts[-1]
         self.generation = dict.fromkeys(self.sources, 0)
         self._owners = {key: self._owners_of(key) for key in self.sources}
         self._admissions = np.zeros(self._line_count, np.int64)
         self._evictions = np.zeros(self._line_count, np.int64)
+        self._held = np.zeros(self._line_count, np.int64)
         self._seen: dict[SourceKey, list[Seen]] = {}
         self._remembered, self._learned_at = 0, 0
         self._lock = threading.Lock()  # the tags, against reload and hot lists
@@ -187,11 +199,13 @@ class HotRows:
         if not len(newcomers.places):
             return
         row_ids = np.concatenate([lookup.row_ids[places] for lookup, places in missed])[first]
-        self._enter(source, newcomers, owners, keys, pool.estimate(distinct), row_ids)
+        self._enter(source, newcomers, owners, keys, row_ids)
 
-    def _enter(self, source: Source, newcomers: Newcomers, owners: Ids, keys: Ids, heat: Counts, row_ids: Ids) -> None:
+    def _enter(self, source: Source, newcomers: Newcomers, owners: Ids, keys: Ids, row_ids: Ids) -> None:
         """Reads the newcomers' rows and puts them in; all arrays by entry, of which newcomers.places enter."""
         chosen = newcomers.places
+        if not len(chosen):
+            return
         rows = np.empty((len(chosen) * source.heads, source.table.row_bytes), np.uint8)
         try:
             source.table.gather(np.ascontiguousarray(row_ids[chosen]).reshape(-1), rows)
@@ -200,9 +214,12 @@ class HotRows:
         pool = self.pools[source.entry_bytes]
         entries = rows.reshape(len(chosen), source.entry_bytes)
         with self._lock:
-            left = pool.enter(newcomers.slots, owners[chosen], keys[chosen], heat[chosen], entries)
-        self._admissions += np.bincount(owners[chosen] % self._line_count, minlength=self._line_count)
-        self._evictions += np.bincount(left % self._line_count, minlength=self._line_count)
+            left = pool.enter(newcomers, owners[chosen], keys[chosen], entries)
+            entered = np.bincount(owners[chosen] % self._line_count, minlength=self._line_count)
+            evicted = np.bincount(left % self._line_count, minlength=self._line_count)
+            self._admissions += entered
+            self._evictions += evicted
+            self._held += entered - evicted
 
     # ── hot lists and reload ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -218,7 +235,7 @@ class HotRows:
         with self._lock:
             new = np.flatnonzero(pool.find(owners, keys, hashes) < 0)
             newcomers = pool.choose(hashes[new], heat[new], len(new))
-        self._enter(source, newcomers, owners[new], keys[new], heat[new], row_ids[new])
+        self._enter(source, newcomers, owners[new], keys[new], row_ids[new])
         with self._lock:
             slots = pool.find(owners, keys, hashes)
             pool.mark_shared(slots[slots >= 0])
@@ -237,21 +254,24 @@ class HotRows:
                 with self._lock:
                     for owner in self._owners[key].tolist():
                         self.pools[source.entry_bytes].drop(owner)
+                    self._held[self._lines[key]] = 0
                     self.generation[key] += 1
                     self._owners[key] = self._owners_of(key)
 
-    def moves(self, key: SourceKey) -> list[tuple[int, int]] | None:
-        """Per order, the rows that entered and the rows that left so far; None for tables that are not cached here."""
-        if key not in self.sources:
-            return None
-        lines = slice(self._lines[key], self._lines[key] + len(self.sources[key].orders))
-        heads = self.sources[key].heads
+    def moves(self, key: SourceKey) -> list[tuple[int, int]]:
+        """Per order, the rows that entered and the rows that left so far."""
+        lines, heads = self._lines[key], self.sources[key].heads
         pairs = zip(self._admissions[lines].tolist(), self._evictions[lines].tolist(), strict=True)
         return [(entered * heads, left * heads) for entered, left in pairs]
 
+    def occupancy(self, key: SourceKey) -> Occupancy:
+        source = self.sources[key]
+        held = int(self._held[self._lines[key]].sum())
+        return Occupancy(self.pools[source.entry_bytes].capacity * source.heads, held * source.entry_bytes)
+
     def _owners_of(self, key: SourceKey) -> Ids:
         """[O] the owners of this generation: never used before, since tags of an older one may still be remembered."""
-        first = self._lines[key] + self.generation[key] * self._line_count
+        first = self._lines[key].start + self.generation[key] * self._line_count
         return np.arange(first, first + len(self.sources[key].orders))
 
 

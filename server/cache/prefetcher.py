@@ -178,7 +178,7 @@ class Prefetcher:
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             if callable(work):
-                work()
+                self._do(work)
                 continue
             for fetch in work:
                 self._serve(fetch)
@@ -194,7 +194,13 @@ class Prefetcher:
             except Empty:
                 return
             if callable(job):
-                job()
+                self._do(job)
+
+    def _do(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:
+            logger.exception("work between fetches failed")
 
     def _learn(self, step: int) -> None:
         if self._reader.hot is None:
@@ -221,5 +227,5 @@ class Prefetcher:
         key = lookup.table.name, lookup.layer
         tally = self._tallies.get(key)
         if tally is None:
-            tally = self._tallies[key] = Tally(*key, lookup.orders)
+            tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders)
         return tally

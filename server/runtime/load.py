@@ -129,7 +129,8 @@ def load(settings: Settings) -> Loaded:
     memories, budget = None, settings.max_num_batched_tokens
     if packs:
         hot = device_cache(settings, packs, device)
-        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot))
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot)
+        memories = Memories(packs, prefetcher, hot_list=settings.hot_list == "on")
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
         budget = min(budget, max_tokens(settings.staging, lookups, dtype))
     return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)

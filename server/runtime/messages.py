@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.cache.counters import LayerCounters
+from server.cache.counters import OrderCounters
 from server.errors import EngramError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -116,7 +116,30 @@ class TokenOutput:
         return TokenOutput, tuple(getattr(self, name) for name in self.__slots__)
 
 
-MemoryCounters = LayerCounters  # what the prefetcher counts crosses as it is
+@dataclass(frozen=True, slots=True)
+class MemoryCounters:
+    """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, rows
+    the device cache held, let in and put out. Now: rows its pool has room for, bytes it holds, the hot list's age.
+
+    `orders`: the rows by n-gram length and by where they were found.
+    """
+
+    table: str
+    layer: int
+    rows: int
+    bytes: int
+    fetch_s: float
+    stall_s: float
+    device_hits: int = 0
+    admissions: int = 0
+    evictions: int = 0
+    capacity: int = 0
+    cache_bytes: int = 0
+    hot_list_age_s: float | None = None
+    orders: tuple[OrderCounters, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MemoryCounters, tuple(getattr(self, name) for name in self.__slots__)  # as TokenOutput's, above
 
 
 @dataclass(frozen=True, slots=True)

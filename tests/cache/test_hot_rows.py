@@ -337,10 +337,12 @@ def test_rows_looked_up_are_exactly_the_sum_over_the_tiers() -> None:
         orders = counted[name].orders
         assert sum(order.looked_up for order in orders) == looked_up[name]
         assert all(o.looked_up == o.device_hits + o.read + o.shared for o in orders)
-        assert counted[name].rows == sum(order.read for order in orders)
+        assert counted[name].rows == sum(order.read + order.device_hits for order in orders)
+        assert counted[name].bytes == sum(order.read for order in orders) * table.row_bytes
         entered = sum(order.admissions for order in orders)
-        assert table.read == counted[name].rows + entered  # what enters is read once more
-        assert entered - sum(order.evictions for order in orders) <= 16 * 4
+        assert table.read == sum(order.read for order in orders) + entered  # what enters is read once more
+        assert entered - sum(order.evictions for order in orders) == counted[name].cache_bytes // table.row_bytes
+        assert 0 < counted[name].cache_bytes <= counted[name].capacity * table.row_bytes
         assert all(order.device_hits for order in orders)
     assert [order.order for order in counted["a"].orders] == [2, 3]
     prefetcher.close()

@@ -182,7 +182,9 @@ def test_a_restart_begins_with_what_several_requests_asked_for(
 def test_logits_are_the_same_bits_without_with_and_with_a_warm_cache(
     tiny_llama_folder: Path, packs: tuple[str, ...], prompt: tuple[int, ...]
 ) -> None:
-    without = logits_of(server(tiny_llama_folder, packs, device_cache=0), prompt, ("a", "s"))
+    off = server(tiny_llama_folder, packs, device_cache=0)
+    without = logits_of(off, prompt, ("a", "s"))
+    close(off)
     cold = server(tiny_llama_folder, packs)
     assert torch.equal(logits_of(cold, prompt, ("a", "s")), without)
     for number in range(5):

@@ -91,5 +91,11 @@ MEMORY_FETCH = Series(
 MEMORY_STALL = Series(
     "engram_memory_stall_seconds_total", "counter", "Seconds a layer waited for rows, in fact.", TABLE
 )
+MEMORY_RESIDENT = Series(
+    "engram_memory_resident_bytes",
+    "gauge",
+    "Bytes of a table in memory. counted: mincore, sampled (mincore of part), touched (read, not dropped), copied.",
+    (*TABLE, "counted"),
+)
 
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Series))

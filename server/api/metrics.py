@@ -88,6 +88,8 @@ def engine_families(stats: EngineStats, model: str) -> Iterator[Metric]:
     yield _family(metrics.MEMORY_BYTES, model, {labels: c.bytes for labels, c in tables})
     yield _family(metrics.MEMORY_FETCH, model, {labels: c.fetch_s for labels, c in tables})
     yield _family(metrics.MEMORY_STALL, model, {labels: c.stall_s for labels, c in tables})
+    resident = [((r.table, str(r.layer), r.counted), r.bytes) for r in stats.resident if r.counted != "unknown"]
+    yield _family(metrics.MEMORY_RESIDENT, model, dict(resident))
 
 
 def _family(series: Series, model: str, values: Mapping[tuple[str, ...], float]) -> Metric:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
-from server.cache.prefetcher import Fetch, Lookup, Prefetcher
+from server.cache.device_table import DeviceFetch, DeviceTable
+from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
+from server.cache.residency import Residency, Resident
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -52,7 +54,7 @@ class Reading:
 
     pack: AttachedPack
     layer: int
-    fetch: Fetch
+    fetch: Fetch | DeviceFetch
     seen: Seen
     dead: Tensor | None
 
@@ -61,7 +63,7 @@ class Reading:
 class MemoryStep:
     """One step's rows on their way, by decoder layer; where the convolutions of each pack read."""
 
-    fetches: list[Fetch]
+    fetches: list[Fetch | DeviceFetch]
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[str, ConvRead] = field(default_factory=dict)
@@ -69,7 +71,8 @@ class MemoryStep:
     @property
     def slow(self) -> bool:
         """Whether the first fetch took so long that the next step's should start before that step does."""
-        return self.fetches[0].done_at - self.fetches[0].issued > HINT_SECONDS
+        first = next((fetch for fetch in self.fetches if isinstance(fetch, Fetch)), None)
+        return first is not None and first.done_at - first.issued > HINT_SECONDS
 
     @property
     def layers(self) -> frozenset[int]:
@@ -106,9 +109,14 @@ class Memories:
     there is one, starts with what was hot in the last run."""
 
     def __init__(
-        self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher, *, hot_list: bool = False
+        self,
+        packs: Sequence[AttachedPack | StemPack],
+        prefetcher: Prefetcher,
+        residency: Residency | None = None,
+        *,
+        hot_list: bool = False,
     ) -> None:
-        self.packs, self.prefetcher = tuple(packs), prefetcher
+        self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
         self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[str, tuple[Ints, Bools, list[Lookup]]] = {}
@@ -125,7 +133,7 @@ class Memories:
         if not planned:
             return None
         planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
-        fetches = self.prefetcher.begin([plan[2] for plan in planned])
+        fetches = self._begin([plan[2] for plan in planned])
         step = MemoryStep(fetches)
         for (layer, pack, _, seen), fetch in zip(planned, fetches, strict=True):
             if isinstance(pack, StemPack):
@@ -139,6 +147,15 @@ class Memories:
             step.readings.setdefault(layer, []).append(reading)
         return step
 
+    def _begin(self, lookups: Sequence[Lookup]) -> list[Fetch | DeviceFetch]:
+        """Rows on the device are looked up by the layer that reads them; the others begin to be fetched."""
+        queued = [lookup for lookup in lookups if not isinstance(lookup.table, DeviceTable)]
+        begun = iter(self.prefetcher.begin(queued) if queued else ())
+        dtype = self.prefetcher.staging.dtype
+        return [
+            DeviceFetch(lookup, dtype) if isinstance(lookup.table, DeviceTable) else next(begun) for lookup in lookups
+        ]
+
     def hint(
         self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView], askers: Ints | None = None
     ) -> None:
@@ -150,7 +167,8 @@ class Memories:
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.name in view.names for view in views):
-                planned += self._lookups(pack, sequences_windows, blocked, askers)
+                found = self._lookups(pack, sequences_windows, blocked, askers)
+                planned += [lookup for lookup in found if not isinstance(lookup.table, DeviceTable)]
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
 
@@ -169,6 +187,25 @@ class Memories:
             if pack.name in view.names:
                 self._pager.submit(ask_for_pages, pack, windows, blocked)
 
+    def counters(self) -> tuple[LayerCounters, ...]:
+        """What was read so far, per table: by fetches, and from tables on the device."""
+        on_device = [
+            table.counters(layer)
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+            if isinstance(table, DeviceTable)
+        ]
+        return (*self.prefetcher.counters(), *on_device)
+
+    def resident(self) -> list[tuple[str, int, Resident]]:
+        """(table, layer, what of it stands in memory) of every table."""
+        figures = self.residency.figures() if self.residency is not None else {}
+        return [
+            (table.name, layer, figures.get(table.name, Resident(table.nbytes, "copied")))
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+        ]
+
     def faults(self) -> dict[str, str]:
         """Packs whose table file was changed, cut or failed while serving, with what happened."""
         broken = {pack.name: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
@@ -183,6 +220,8 @@ class Memories:
             self.warm.close()
         self._pager.shutdown(cancel_futures=True)
         self.prefetcher.close()
+        if self.residency is not None:
+            self.residency.close()
         for pack in self.packs:
             for table in pack.tables.values():
                 table.close()

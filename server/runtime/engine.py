@@ -16,7 +16,15 @@ from server.cache.counters import LayerCounters
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
-from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import (
+    EngineStats,
+    FinishReason,
+    MemoryCounters,
+    StepOutputs,
+    Submit,
+    TableResidency,
+    TokenOutput,
+)
 from server.runtime.runner import Runner
 from server.runtime.sampler import Sampled
 from server.runtime.scheduler import Scheduler, Work
@@ -26,6 +34,7 @@ from server.view import BARE, MemoryView
 logger = logging.getLogger(__name__)
 
 COUNTED = tuple(f.name for f in fields(LayerCounters))
+RESIDENT_SECONDS = 1.0
 
 
 class Engine:
@@ -53,6 +62,7 @@ class Engine:
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._requests: dict[str, list[Sequence]] = {}
+        self._resident_at, self._resident_last = float("-inf"), ()  # type: tuple[float, tuple[TableResidency, ...]]
 
     # ── verbs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,7 +131,18 @@ class Engine:
             prefix_hits_total=scheduler.prefix_hits,
             memory=memory_counters(memories) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
+            resident=self._resident(),
         )
+
+    def _resident(self) -> tuple[TableResidency, ...]:
+        """What of each table stands in memory, counted anew once a second at most."""
+        memories, now = self.runner.memories, time.monotonic()
+        if memories is not None and now - self._resident_at >= RESIDENT_SECONDS:
+            self._resident_at = now
+            self._resident_last = tuple(
+                TableResidency(table, layer, found.nbytes, found.counted) for table, layer, found in memories.resident()
+            )
+        return self._resident_last
 
     @property
     def idle(self) -> bool:
@@ -247,5 +268,5 @@ def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
     ages = memories.hot_list_ages()
     return tuple(
         MemoryCounters(**{name: getattr(counters, name) for name in COUNTED}, hot_list_age_s=ages.get(counters.table))
-        for counters in memories.prefetcher.counters()
+        for counters in memories.counters()
     )

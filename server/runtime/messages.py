@@ -143,6 +143,19 @@ class MemoryCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class TableResidency:
+    """Bytes of one table in memory now. `counted`: "mincore", "sampled", "touched", "copied" or "unknown"."""
+
+    table: str
+    layer: int
+    bytes: int
+    counted: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return TableResidency, (self.table, self.layer, self.bytes, self.counted)  # as TokenOutput's
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Gauges now, and totals since the start (`*_total`)."""
 
@@ -157,6 +170,7 @@ class EngineStats:
     prefix_hits_total: int = 0
     memory: tuple[MemoryCounters, ...] = ()
     table_fault: str | None = None
+    resident: tuple[TableResidency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

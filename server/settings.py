@@ -59,6 +59,12 @@ class Settings:
         size=True,
     )  # fmt: skip
     staging: int = setting(64 * MIB, "bytes of staging buffers for fetched rows", "memory", size=True)
+    device_cache: int = setting(
+        0, "bytes of device memory that keep the rows most asked for; 0: none", "memory", size=True
+    )
+    hot_list: str = setting(
+        "on", "keep the hottest n-grams over restarts (with a device cache)", "memory", choices=("on", "off")
+    )
 
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")
     max_num_batched_tokens: int = setting(512, "tokens computed per step: decode first, the rest prefill", "scheduler")
@@ -93,6 +99,12 @@ class Settings:
                 raise SettingsError(f"--placement is {asked!r}; write [NAME=]{'|'.join(PLACEMENTS)}")
         if self.port > 65535:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept between runs: $XDG_CACHE_HOME/engram-server, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "engram-server"
 
 
 def flag(name: str) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from dataclasses import astuple
+from dataclasses import fields
 
+from server.cache.counters import LayerCounters
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
+from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
 from server.runtime.messages import (
     EngineStats,
@@ -31,6 +33,7 @@ from server.view import BARE, MemoryView
 
 logger = logging.getLogger(__name__)
 
+COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
 
 
@@ -126,7 +129,7 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.counters()) if memories else (),
+            memory=memory_counters(memories) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
             resident=self._resident(),
         )
@@ -266,3 +269,12 @@ class Engine:
             family.remove(sequence)
             if not family:
                 del self._requests[sequence.request_id]
+
+
+def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
+    """What the cache counts, as the message that crosses the pipe."""
+    ages = memories.hot_list_ages()
+    return tuple(
+        MemoryCounters(**{name: getattr(counters, name) for name in COUNTED}, hot_list_age_s=ages.get(counters.table))
+        for counters in memories.counters()
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.cache.counters import OrderCounters
 from server.errors import EngramError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -117,7 +118,11 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class MemoryCounters:
-    """Running totals of one (table, layer): rows and bytes read, seconds fetching, seconds a layer waited."""
+    """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, rows
+    the device cache held, let in and put out. Now: rows its pool has room for, bytes it holds, the hot list's age.
+
+    `orders`: the rows by n-gram length and by where they were found.
+    """
 
     table: str
     layer: int
@@ -125,6 +130,16 @@ class MemoryCounters:
     bytes: int
     fetch_s: float
     stall_s: float
+    device_hits: int = 0
+    admissions: int = 0
+    evictions: int = 0
+    capacity: int = 0
+    cache_bytes: int = 0
+    hot_list_age_s: float | None = None
+    orders: tuple[OrderCounters, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MemoryCounters, tuple(getattr(self, name) for name in self.__slots__)  # as TokenOutput's, above
 
 
 @dataclass(frozen=True, slots=True)

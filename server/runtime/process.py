@@ -154,4 +154,6 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
     pipe.send(message)
     if isinstance(message, Ready):
         EngineLoop(engine, pipe).run()
+        if loaded.memories is not None:
+            loaded.memories.close()
     pipe.close()

@@ -183,7 +183,8 @@ def dequantised(value: Tensor, scale: Tensor | None, name: str) -> Tensor:
     if scale is None:
         raise PackError(f"{name} is float8 and has no scale beside it ({', '.join(SCALES)})")
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        scale = torch.ldexp(torch.ones(()), scale.view(torch.uint8).int() - E8M0_BIAS)
+        exponents = scale.view(torch.uint8).int() - E8M0_BIAS
+        scale = torch.ldexp(torch.ones(exponents.shape), exponents)
     scale = scale.float()
     if scale.numel() > 1:
         for axis, size in enumerate(value.shape):

@@ -177,14 +177,20 @@ def attach(
         str | None, typer.Option(help="make a STEM pack instead: layers whose up-projection it replaces, as 9,13,17")
     ] = None,
     calibrate: Annotated[Path | None, typer.Option(help="text that the STEM rows are made from (with --stem)")] = None,
+    fit: Annotated[
+        float, typer.Option(min=0, help="minutes of fitting the STEM rows to that text; SIGINT keeps the best so far")
+    ] = 0.0,
 ) -> None:
     """Make a memory pack for a model: a fresh Engram, an exact no-op until it is taught; or STEM rows from a text."""
     if (stem is None) != (calibrate is None):
         raise SettingsError("--stem and --calibrate belong together: give the layers and a text to read")
+    if fit and stem is None:
+        raise SettingsError(f"--fit is {fit:g} minutes and fits STEM rows: give --stem and --calibrate with it")
     if stem is not None and calibrate is not None:
         from server.commands.attach_stem import attach_stem
 
-        attach_stem(model=model, out=out, layers=numbers("--stem", stem), calibrate=calibrate, dtype=dtype)
+        chosen_layers = numbers("--stem", stem)
+        attach_stem(model=model, out=out, layers=chosen_layers, calibrate=calibrate, dtype=dtype, fit=fit)
         typer.echo(f"wrote {out}")
         return
     chosen = {"layers": numbers("--layers", layers), "orders": numbers("--orders", orders)}

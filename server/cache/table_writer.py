@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,31 +63,131 @@ def write_table(
     "apart" stores values and, if the type has any, scales as two tensors; "packed" puts both into one 16-byte-aligned
     row. Raises TableError if the chunks do not add up to `rows`, or the disk is full; `path` is then as it was before.
     """
-    tensors, header = _plan(rows, dim, row_type, layout, tensor, metadata)
-    main = tensors[tensor]
-    value_bytes, row_bytes = row_type.value_bytes(dim), row_type.row_bytes(dim)
-    stride = main.nbytes // rows if rows else 0
-    scale = tensors.get(f"{tensor}.scale")
-    apart = layout == "apart" and row_bytes > value_bytes
-    with _new_file(path, len(header) + sum(entry.nbytes for entry in tensors.values())) as fd:
-        _write(fd, header, 0)
+    plan = _Placement.of(rows, dim, row_type, layout, tensor, metadata)
+    with _new_file(path, plan.nbytes) as fd:
+        _write(fd, plan.header, 0)
         done = 0
         for chunk in chunks:
             if chunk.ndim != 2 or chunk.shape[1] != dim or done + len(chunk) > rows:
                 raise TableError(f"{path} is to hold {rows} rows of {dim}; after {done} came a chunk {chunk.shape}")
-            raw = row_type.encode(np.ascontiguousarray(chunk, np.float32))
-            at = len(header) + main.offset + done * stride
-            if apart and scale is not None:
-                _write(fd, raw[:, :value_bytes], at)
-                width = row_bytes - value_bytes
-                _write(fd, raw[:, value_bytes:], len(header) + scale.offset + done * width)
-            else:
-                _write(fd, _padded(raw, stride), at)
+            plan.put(fd, row_type.encode(np.ascontiguousarray(chunk, np.float32)), done)
             done += len(chunk)
         if done != rows:
             raise TableError(f"{path} is to hold {rows} rows; {done} came")
-        if scale is not None and not apart:
-            _write(fd, struct.pack("<f", _tensor_scale(row_type)), len(header) + scale.offset)
+        plan.end(fd)
+
+
+def grow_table(
+    path: Path,
+    encoded: Callable[[int], Iterator[Bytes]],
+    rows: int,
+    dim: int,
+    row_type: RowType,
+    *,
+    layout: WriteLayout = "apart",
+) -> None:
+    """As `write_table`, from encoded rows uint8[n, R], and so that a run cut off at any moment can be gone on with.
+
+    PATH.growing holds the rows so far, PATH.rows how many of them are on disk for certain. `encoded(first)` gives the
+    rows from `first` on. Who goes on must know that the rows are the same as before.
+    """
+    plan = _Placement.of(rows, dim, row_type, layout, "table", None)
+    growing, counter = path.with_name(f"{path.name}.growing"), path.with_name(f"{path.name}.rows")
+    done = _rows_on_disk(growing, counter, rows)
+    fd = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not done:
+            os.ftruncate(fd, 0)
+            _write(fd, plan.header, 0)
+        for raw in encoded(done):
+            plan.put(fd, raw, done)
+            done += len(raw)
+            os.fdatasync(fd)
+            _note(counter, done)
+        if done != rows:
+            raise TableError(f"{path} is to hold {rows} rows; {done} came")
+        plan.end(fd)
+        os.fsync(fd)
+    except OSError as error:
+        raise _write_error(error, path, plan.nbytes) from None
+    finally:
+        os.close(fd)
+    os.replace(growing, path)
+    counter.unlink()
+    _sync_folder(path.parent)
+
+
+def _rows_on_disk(growing: Path, counter: Path, rows: int) -> int:
+    """What an earlier run left; 0 if it left nothing that counts."""
+    try:
+        done = int(counter.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    return done if growing.exists() and 0 <= done <= rows else 0
+
+
+def _note(counter: Path, done: int) -> None:
+    partial = counter.with_name(f"{counter.name}.new")
+    partial.write_text(str(done), encoding="utf-8")
+    partial.replace(counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Where a table's rows go in its file. `stride`: bytes from one row's values to the next row's."""
+
+    tensors: dict[str, _Tensor]
+    header: bytes
+    row_type: RowType
+    value_bytes: int
+    stride: int
+    values_at: int
+    scales_at: int | None  # None: the rows carry their scales, or there are none
+    tensor_scale_at: int | None
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        dim: int,
+        row_type: RowType,
+        layout: WriteLayout,
+        tensor: str,
+        metadata: Mapping[str, str] | None,
+    ) -> _Placement:
+        tensors, header = _plan(rows, dim, row_type, layout, tensor, metadata)
+        main, scale = tensors[tensor], tensors.get(f"{tensor}.scale")
+        value_bytes = row_type.value_bytes(dim)
+        apart = layout == "apart" and row_type.row_bytes(dim) > value_bytes
+        at = None if scale is None else len(header) + scale.offset
+        return cls(
+            tensors,
+            header,
+            row_type,
+            value_bytes,
+            stride=main.nbytes // rows if rows else 0,
+            values_at=len(header) + main.offset,
+            scales_at=at if apart else None,
+            tensor_scale_at=None if apart else at,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(entry.nbytes for entry in self.tensors.values())
+
+    def put(self, fd: int, raw: Bytes, first: int) -> None:
+        """Encoded rows, from row `first` on."""
+        at = self.values_at + first * self.stride
+        if self.scales_at is None:
+            _write(fd, _padded(raw, self.stride), at)
+            return
+        _write(fd, raw[:, : self.value_bytes], at)
+        _write(fd, raw[:, self.value_bytes :], self.scales_at + first * (raw.shape[1] - self.value_bytes))
+
+    def end(self, fd: int) -> None:
+        """What follows the rows."""
+        if self.tensor_scale_at is not None:
+            _write(fd, struct.pack("<f", _tensor_scale(self.row_type)), self.tensor_scale_at)
 
 
 def write_sparse_table(
@@ -199,14 +299,18 @@ def _new_file(path: Path, nbytes: int) -> Iterator[int]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise TableError(f"no room for {path}: it needs {nbytes} bytes, {path.parent} has {free} free") from None
-        raise TableError(f"{path} cannot be written: {error.strerror}") from None
+        raise _write_error(error, path, nbytes) from None
     finally:
         if fd >= 0:
             os.close(fd)
         temporary.unlink(missing_ok=True)
+
+
+def _write_error(error: OSError, path: Path, nbytes: int) -> TableError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return TableError(f"no room for {path}: it needs {nbytes} bytes, {path.parent} has {free} free")
+    return TableError(f"{path} cannot be written: {error.strerror}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -103,13 +103,7 @@ def fresh_config(
         row_type=dtype,
         norm_eps=model.rms_norm_eps,
     )
-    config.check_backbone(
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        vocab_size=model.vocab_size,
-        sha256=config.compression_sha256,
-        compressed=config.compressed_vocab_size,
-    )
+    config.check_backbone(hidden_size=model.hidden_size, num_layers=model.num_layers, vocab_size=model.vocab_size)
     return config
 
 

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import write_table
+from server.commands.fit_stem import Reader, Split, Stopwatch, Tables, fit_layer
 from server.commands.folders import new_folder
 from server.errors import PackError
 from server.memory.pack import StemConfig, table_file
@@ -32,11 +34,8 @@ from server.models.decoder import Block, Decoder
 from server.models.source import ModelSource, open_source
 from server.models.weights import EMBEDDING, fingerprint, tensors
 from server.runtime.load import load
-from server.runtime.messages import SamplingParams, Submit
-from server.runtime.process import build_engine
 from server.settings import DEFAULT_MODEL, Settings
 
-PIECE = 1024  # tokens of context that the text is read in
 CHUNK = 4096  # rows computed at once
 PRIOR = 1.0  # k: how many occurrences the prediction from the embedding counts for
 RIDGE = 1e-2  # of the mean squared embedding value
@@ -62,25 +61,76 @@ def attach_stem(
     layers: Sequence[int],
     calibrate: Path,
     dtype: str = "bfloat16",
+    fit: float = 0.0,
 ) -> Path:
-    """Writes the pack to `out` and returns it. Raises PackError, ModelError."""
+    """Writes the pack to `out` and returns it. `fit`: minutes of fitting after the calibration.
+
+    Raises PackError, ModelError.
+    """
     stored = row_type(dtype)
     source = open_source(model)
     check_layers(source, layers)
     layers = sorted(layers)
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         ids = source.tokenizer.encode(read_text(calibrate))
-        seen = inputs_of(model, layers, ids)
-        config = stem_config(source, layers, dtype, calibrate, seen)
+        loaded = load(Settings(model=model, max_num_seqs=1, prefix_cache="off"))
+        reader = Reader(loaded, Settings().block_size)
+        split = Split.of(ids, reader.piece, held_out=bool(fit))
+        seen = inputs_of(reader, layers, split.fit, progress)
         embedding, ups = weights_of(source, layers)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("rows", total=len(layers) * config.vocab_size)
-            for layer in layers:
-                rows = track(progress, task, rows_of(seen, layer, embedding, *ups[layer]))
-                write_table(folder / table_file(layer), rows, config.vocab_size, config.intermediate_size, stored)
+        rows = {layer: whole(rows_of(seen, layer, embedding, *ups[layer])) for layer in layers}
+        said: dict[str, Any] = {}
+        if fit:
+            said = fitted(reader, rows, downs_of(source, layers), split, fit, progress)
+        config = stem_config(source, layers, dtype, calibrate, seen, said)
+        task = progress.add_task("rows", total=len(layers) * config.vocab_size)
+        for layer in layers:
+            chunks = track(progress, task, (part.numpy() for part in torch.split(rows[layer], CHUNK)))
+            write_table(folder / table_file(layer), chunks, config.vocab_size, config.intermediate_size, stored)
         config.write(folder)
         (folder / "README.md").write_text(readme(config), encoding="utf-8")
+    if said:
+        Console().print(report(said))
     return out
+
+
+def fitted(
+    reader: Reader, rows: dict[int, Tensor], downs: dict[int, Tensor], split: Split, minutes: float, progress: Progress
+) -> dict[str, Any]:
+    """Fits the rows of all layers in place; what it came to, as perplexity of the text's last part."""
+    dtype, where = reader.loaded.dtype, reader.loaded.device
+    told = {"dense": reader.perplexity(split.report, Tables({}), progress, "dense")}
+    served = {layer: table.to(where, dtype) for layer, table in rows.items()}
+    told["calibrated"] = reader.perplexity(split.report, Tables(served), progress, "calibrated")
+    clock = Stopwatch(minutes)
+    with clock.watching():
+        served, steps = {}, 0
+        for done, layer in enumerate(sorted(rows)):
+            if not clock.over:
+                until = clock.share(len(rows) - done)
+                rows[layer], taken = fit_layer(
+                    reader, served, layer, rows[layer], downs[layer], split, clock, until, progress
+                )
+                steps += taken
+            served[layer] = rows[layer].to(where, dtype)
+    told["fitted"] = reader.perplexity(split.report, Tables(served), progress, "fitted")
+    tokens = sum(len(piece) - 1 for piece in split.report)
+    return {"minutes": minutes, "steps": steps, "interrupted": clock.interrupted, "tokens": tokens, "perplexity": told}
+
+
+def report(said: dict[str, Any]) -> Table:
+    """What fitting came to."""
+    made = Table(title=f"perplexity over {said['tokens']:,} tokens at the text's end")
+    for name in ("rows", "perplexity", "over dense"):
+        made.add_column(name, justify="right")
+    told = said["perplexity"]
+    for name, value in told.items():
+        made.add_row(name, f"{value:.2f}", f"{value / told['dense'] - 1:+.1%}")
+    return made
+
+
+def whole(chunks: Iterator[Floats]) -> Tensor:
+    return torch.cat([torch.from_numpy(chunk) for chunk in chunks])
 
 
 def check_layers(source: ModelSource, layers: Sequence[int]) -> None:
@@ -100,21 +150,13 @@ def read_text(path: Path) -> str:
     return text
 
 
-def inputs_of(model: str, layers: Sequence[int], ids: Sequence[int]) -> Inputs:
-    """Reads the text with the whole model, in pieces of at most PIECE tokens, and sums what these layers were fed."""
-    settings = Settings(model=model, max_num_seqs=1, prefix_cache="off")
-    loaded = load(settings)
-    engine = build_engine(settings, loaded)
-    piece = min(PIECE, loaded.max_len - 1)
-    params = SamplingParams(max_tokens=1, temperature=0)
-    found = Inputs.empty(loaded.source.config, layers)
-    with Progress(console=Console(stderr=True), transient=True) as progress, watched(loaded.model, found):
-        for start in progress.track(range(0, len(ids), piece), description=f"reading {len(ids):,} tokens"):
-            engine.submit(Submit(str(start), tuple(ids[start : start + piece]), params))
-            while not engine.idle:
-                for output in engine.step().outputs:
-                    if output.error is not None:
-                        raise output.error
+def inputs_of(reader: Reader, layers: Sequence[int], pieces: Sequence[Sequence[int]], progress: Progress) -> Inputs:
+    """Reads the text with the whole model, piece by piece, and sums what these layers were fed."""
+    found = Inputs.empty(reader.loaded.source.config, layers)
+    count = sum(map(len, pieces))
+    with torch.inference_mode(), watched(reader.loaded.model, found):
+        for piece in progress.track(pieces, description=f"reading {count:,} tokens"):
+            reader.read(piece, Tables({}))
     return found
 
 
@@ -156,6 +198,12 @@ def weights_of(source: ModelSource, layers: Sequence[int]) -> tuple[Tensor, dict
     return found[EMBEDDING], ups
 
 
+def downs_of(source: ModelSource, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Each layer's down-projection [H, F] in fp32."""
+    wanted = {f"model.layers.{layer}.mlp.down_proj.weight": layer for layer in layers}
+    return {wanted[name]: tensor.clone() for name, tensor in tensors(source, torch.float32) if name in wanted}
+
+
 def predictor(seen: Inputs, layer: int, embedding: Tensor) -> tuple[Tensor, Tensor]:
     """The linear map p from embeddings to mean inputs: weight [H, H] and offset [H]. x = e · weight + offset."""
     occur = seen.counts > 0
@@ -188,7 +236,9 @@ def track(progress: Progress, task: Any, chunks: Iterable[Floats]) -> Iterator[F
         progress.advance(task, len(chunk))
 
 
-def stem_config(source: ModelSource, layers: Sequence[int], dtype: str, text: Path, seen: Inputs) -> StemConfig:
+def stem_config(
+    source: ModelSource, layers: Sequence[int], dtype: str, text: Path, seen: Inputs, fit: dict[str, Any]
+) -> StemConfig:
     model = source.config
     return StemConfig(
         layer_ids=tuple(layers),
@@ -203,7 +253,9 @@ def stem_config(source: ModelSource, layers: Sequence[int], dtype: str, text: Pa
             "distinct": int((seen.counts > 0).sum()),
             "unseen": "predicted from the token's embedding",
             "prior": PRIOR,
+            **({"fit": fit} if fit else {}),
         },
+        trained_steps=fit.get("steps", 0),
     )
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from server.errors import PackError, SettingsError
-from server.memory.addressing import from_config, windows_of
+from server.memory.addressing import Addresser, from_config, windows_of
+from server.memory.attached import check_compression, read_memory
 from server.memory.attachment import fingerprint
-from server.memory.compression import compression_map, map_sha256
 from server.memory.hot_list import HotList, hot_list_path, hottest
-from server.memory.pack import StemConfig, read_config
-from server.models.source import open_source
+from server.memory.pack import StemConfig
+from server.memory.stored import Stored
+from server.models.source import ModelSource, open_source
 from server.settings import DEFAULT_MODEL
 
 PIECE = 1 << 20  # tokens whose windows are held at once
@@ -28,20 +29,8 @@ def hotlist(*, model: str = DEFAULT_MODEL, memory: Path, corpus: Path, most: int
 
     Raises PackError for a pack or text that cannot be read, SettingsError where the list cannot be written.
     """
-    config = read_config(memory)
-    source = open_source(model)
-    if isinstance(config, StemConfig):
-        addresser = from_config(config.addressing())
-    else:
-        mapping = compression_map(source.tokenizer.backend)
-        config.check_backbone(
-            hidden_size=source.config.hidden_size,
-            num_layers=source.config.num_layers,
-            vocab_size=source.config.vocab_size,
-            sha256=map_sha256(mapping),
-            compressed=int(mapping.max()) + 1,
-        )
-        addresser = from_config(config.addressing(), tokenizer=source.tokenizer.backend)
+    source, stored = open_source(model), read_memory(memory)
+    addresser = addresser_for(stored, source)
     windows, blocked = windows_of(source.tokenizer.encode(read_corpus(corpus)), addresser.n)
     lists = {}
     for layer in addresser.layer_ids:
@@ -49,13 +38,25 @@ def hotlist(*, model: str = DEFAULT_MODEL, memory: Path, corpus: Path, most: int
         mix = np.concatenate([addresser.mix(layer, windows[at : at + PIECE], blocked[at : at + PIECE]) for at in parts])
         for index, order in enumerate(addresser.orders):
             lists[layer, order] = hottest(*np.unique(mix[:, index], return_counts=True), most)
-    made = HotList(fingerprint(memory, config.layer_ids), lists, time.time())
+    print_ = fingerprint(memory, stored.layer_ids) if isinstance(stored, StemConfig) else stored.fingerprint
+    made = HotList(print_, lists, time.time())
     path = hot_list_path(made.fingerprint)
     try:
         made.write(path)
     except OSError as error:
         raise SettingsError(f"the hot list cannot be written to {path}: {error.strerror}; set XDG_CACHE_HOME") from None
     return path, made
+
+
+def addresser_for(stored: Stored | StemConfig, source: ModelSource) -> Addresser:
+    """Raises PackError with both values if the memory was made for another model or tokenizer."""
+    if isinstance(stored, StemConfig):
+        return from_config(stored.addressing())
+    config, model = stored.config, source.config
+    config.check_backbone(hidden_size=model.hidden_size, num_layers=model.num_layers, vocab_size=model.vocab_size)
+    addresser = from_config(config.addressing(), tokenizer=source.tokenizer.backend)
+    check_compression(config, addresser)
+    return addresser
 
 
 def read_corpus(path: Path) -> str:

@@ -12,7 +12,6 @@ No row is read, so that the time does not depend on the tables' size; `verify` r
 from __future__ import annotations
 
 import json as json_module
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from server.cache.layouts import SHARD, Header, Layout, find_layout, read_header
+from server.cache.layouts import Layout, find_layout, read_header
 from server.cache.row_table import RowTable
 from server.commands.pack import chunks
-from server.errors import PackError, TableError
-from server.memory.addressing import Addresser, from_config
-from server.memory.pack import CONFIG, MODULES, PackConfig, read_config, table_file
-
-# name, the field that tells it, and how its tables are called
-FAMILIES = (
-    ("engram-peft", "engram_vocab_size_per_ngram", r"(?:^|\.){layer}\.multi_head_embedding\.embedding\.weight$"),
-    ("deepseek-v4.1", "engram_layer_ids", r"(?:^|\.)layers\.{layer}\.engram\.embed\.weight$"),
-    (
-        "qwen-ple",
-        "ple_layer_ids",
-        r"(?:^|\.)layers\.{layer}\.ple\.ple_embedding\.ngram_embedding(?:\.shard_\d+)?\.weight$",
-    ),
-)
-# Row counts need neither the compression nor the pad, which need a tokenizer.
-WITHOUT_TOKENIZER = {"pad_id": 0, "engram_pad_token_id": 0}
+from server.errors import PackError
+from server.memory.attached import read_memory
+from server.memory.pack import PackConfig, StemConfig, table_file
+from server.memory.stored import counting
 
 
 def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -47,11 +34,14 @@ def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
     `verify` reads every row besides. Raises PackError or TableError for what does not hold together.
     """
-    content = read_content(path)
-    if "format_version" in content:
-        found, addresser, layouts = pack_summary(path)
+    memory = read_memory(path)
+    layouts: Mapping[int, Layout]
+    config: PackConfig | StemConfig
+    if isinstance(memory, StemConfig):
+        family, config, layouts = "stem", memory, stem_layouts(path, memory)
     else:
-        found, addresser, layouts = checkpoint_summary(path, content)
+        family, config, layouts = memory.family, memory.config, memory.layouts
+    addresser = counting(config.addressing())
     checks = ["headers", f"row counts equal {'the vocabulary' if addresser.orders == (1,) else 'the primes'}"]
     for layer, layout in layouts.items():
         if layout.rows != addresser.rows_per_table[layer]:
@@ -66,7 +56,8 @@ def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
     tables = [described(layer, layout) for layer, layout in layouts.items()]
     return {
         "path": str(path),
-        **found,
+        "family": family,
+        **about(config),
         "layers": list(addresser.layer_ids),
         "orders": list(addresser.orders),
         "heads": addresser.heads,
@@ -79,57 +70,15 @@ def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    file = path / CONFIG
-    try:
-        content = json_module.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise PackError(f"{path} is no memory pack: it has no readable {CONFIG}") from None
-    except ValueError as error:
-        raise PackError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise PackError(f"{file} holds a {type(content).__name__}; a config is needed")
-    inner = content.get("text_config")
-    return {**content, **inner} if isinstance(inner, dict) else content
+def stem_layouts(path: Path, config: StemConfig) -> dict[int, Layout]:
+    return {layer: find_layout([read_header(path / table_file(layer))], "table") for layer in config.layer_ids}
 
 
-def pack_summary(path: Path) -> tuple[dict[str, Any], Addresser, dict[int, Layout]]:
-    config = read_config(path)
-    addresser = from_config(config.addressing() | {"pad_id": 0})
-    layouts = {}
-    for layer in config.layer_ids:
-        layouts[layer] = find_layout([read_header(path / table_file(layer))], "table")
-    if isinstance(config, PackConfig) and not (path / MODULES).is_file():
-        raise PackError(f"{path} has no {MODULES}")
-    about = ("vocab_size", "compressed_vocab_size", "compression_sha256", "calibration", "backbone", "trained_steps")
-    found = {"family": config.kind, "format_version": config.format_version}
-    return found | {n: getattr(config, n) for n in about if hasattr(config, n)}, addresser, layouts
-
-
-def checkpoint_summary(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], Addresser, dict[int, Layout]]:
-    known = [(family, pattern) for family, field, pattern in FAMILIES if content.get(field) is not None]
-    if not known:
-        fields = ", ".join(field for _, field, _ in FAMILIES)
-        raise PackError(f"{path / CONFIG} has no format_version, so it is no pack's, and none of {fields}")
-    family, pattern = known[0]
-    addresser = from_config({"compressed_vocab_size": 1, **content, **WITHOUT_TOKENIZER})
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise TableError(f"{path} holds no .safetensors file")
-    headers = [read_header(file) for file in files]
-    layouts = {layer: layout_of(headers, pattern, layer, path) for layer in addresser.layer_ids}
-    found = {"family": family, "vocab_size": content.get("vocab_size"), "compressed_vocab_size": None}
-    if family == "deepseek-v4.1":
-        found["compressed_vocab_size"] = content.get("engram_compressed_vocab_size")
-    return {name: value for name, value in found.items() if value is not None}, addresser, layouts
-
-
-def layout_of(headers: list[Header], pattern: str, layer: int, path: Path) -> Layout:
-    wanted = re.compile(pattern.replace("{layer}", str(layer)))
-    names = [name for header in headers for name in header.tensors if wanted.search(name)]
-    if not names:
-        raise TableError(f"{path} holds no table of layer {layer}: no tensor is called {wanted.pattern}")
-    return find_layout(headers, SHARD.sub("", names[0]))
+def about(config: PackConfig | StemConfig) -> dict[str, Any]:
+    """What the config says besides shapes; what it does not say is left out."""
+    names = ("vocab_size", "compressed_vocab_size", "compression_sha256", "calibration", "backbone", "trained_steps")
+    said = {name: getattr(config, name, None) for name in ("format_version", *names)}
+    return {name: value for name, value in said.items() if value not in (None, "", {}, 0) or name == "trained_steps"}
 
 
 def described(layer: int, layout: Layout) -> dict[str, Any]:

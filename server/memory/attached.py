@@ -10,23 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from server.cache.row_table import ReadMode, Table
 from server.errors import PackError
-from server.memory.addressing import Addresser, from_config
-from server.memory.attachment import Attachment, fingerprint, open_tables
-from server.memory.compression import compression_map, map_sha256
+from server.memory.addressing import Addresser, NGramAddresser, from_config
+from server.memory.attachment import Attachment
+from server.memory.checkpoints import family_of, read_checkpoint
+from server.memory.compression import map_sha256
 from server.memory.deepseek import DeepSeekEngram
 from server.memory.engram import Engram
 from server.memory.layer import MemoryLayer
-from server.memory.pack import MODULES, PackConfig, StemConfig, engram_shape, read_config
+from server.memory.pack import PackConfig, StemConfig, engram_shape, read_config, read_content
+from server.memory.peft import FORM, SummedEngram, is_adapter, read_adapter
 from server.memory.qwen_ple import QwenPLE
 from server.memory.short_conv import ConvSlots
 from server.memory.stem import StemPack, open_stem
+from server.memory.stored import Stored, read_pack
 
-FORMS: dict[str, type[MemoryLayer]] = {"paper": Engram, "deepseek-v4.1": DeepSeekEngram, "qwen-ple": QwenPLE}
+FORMS: dict[str, type[MemoryLayer]] = {
+    "paper": Engram,
+    "deepseek-v4.1": DeepSeekEngram,
+    "qwen-ple": QwenPLE,
+    FORM: SummedEngram,
+}
+STREAMS = 1  # residual streams of every backbone there is
 
 
 class AttachedPack(Attachment):
@@ -75,50 +83,71 @@ def open_pack(
     device: torch.device,
     read: ReadMode = "mmap",
 ) -> AttachedPack | StemPack:
-    """Opens and checks a pack for this backbone. Raises PackError or TableError with both values of what differs."""
-    config = read_config(folder)
-    if isinstance(config, StemConfig):
-        config.check_backbone(
+    """Opens and checks a pack for this backbone. Raises PackError or TableError with both values of what differs.
+
+    `folder`: a pack, an engram-peft adapter, or a checkpoint with a memory, all read in place.
+    """
+    stored = read_memory(folder)
+    if isinstance(stored, StemConfig):
+        stored.check_backbone(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_layers=num_layers,
             vocab_size=vocab_size,
         )
-        return open_stem(folder, name, config, dtype, device, read)
-    mapping = compression_map(tokenizer)
-    config.check_backbone(
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        vocab_size=vocab_size,
-        sha256=map_sha256(mapping),
-        compressed=int(mapping.max()) + 1,
-    )
+        return open_stem(folder, name, stored, dtype, device, read)
+    config = stored.config
+    stored.check_shape()
+    config.check_backbone(hidden_size=hidden_size, num_layers=num_layers, vocab_size=vocab_size)
+    form = form_of(stored)
+    if config.branches != STREAMS and form is not SummedEngram:
+        raise PackError(f"{folder} was made for {config.branches} residual streams and the model has {STREAMS}")
     addresser = from_config(config.addressing(), tokenizer=tokenizer)
-    tables = open_tables(folder, addresser, config.head_dim, name, read)
-    modules = load_modules(folder, config, dtype, device)
-    return AttachedPack(name, fingerprint(folder, config.layer_ids), config, addresser, tables, modules)
+    check_compression(config, addresser)
+    stored.check_rows(addresser)
+    modules = {layer: load_modules(stored, layer, form(engram_shape(config), dtype)) for layer in config.layer_ids}
+    for module in modules.values():
+        module.to(device).eval().requires_grad_(False)
+    tables: dict[int, Table] = {**stored.open_tables(name, read)}
+    return AttachedPack(name, stored.fingerprint, config, addresser, tables, modules)
 
 
-def load_modules(folder: Path, config: PackConfig, dtype: torch.dtype, device: torch.device) -> dict[int, MemoryLayer]:
+def check_compression(config: PackConfig, addresser: Addresser) -> None:
+    """Raises PackError with both values if the tokenizer compresses to other ids than the pack was made with."""
+    mapping = addresser.rule.mapping if isinstance(addresser, NGramAddresser) else None
+    if mapping is not None:
+        config.check_compression(sha256=map_sha256(mapping), compressed=int(mapping.max()) + 1)
+
+
+def read_memory(folder: Path) -> Stored | StemConfig:
+    """What lies in the folder, from its config and headers. Raises PackError or TableError if it is no memory."""
+    content = read_content(folder)
+    family = None if "format_version" in content else family_of(content)
+    if family is not None:
+        return read_checkpoint(folder, content, family)
+    if is_adapter(content):
+        return read_adapter(folder, content)
+    config = read_config(folder)
+    return config if isinstance(config, StemConfig) else read_pack(folder, config)
+
+
+def form_of(stored: Stored) -> type[MemoryLayer]:
+    if stored.config.form not in FORMS:
+        raise PackError(
+            f"{stored.folder} has layers of the form {stored.config.form!r}; this server reads {', '.join(FORMS)}"
+        )
+    return FORMS[stored.config.form]
+
+
+def load_modules(stored: Stored, layer: int, module: MemoryLayer) -> MemoryLayer:
     """The small weights. Raises PackError for a missing or misshapen tensor and for values that are not finite."""
-    path = folder / MODULES
-    if config.form not in FORMS:
-        raise PackError(f"{folder} has layers of the form {config.form!r}; this server reads {', '.join(FORMS)}")
-    modules: dict[int, MemoryLayer] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for layer in config.layer_ids:
-                module = FORMS[config.form](engram_shape(config), dtype)
-                for parameter_name, parameter in module.named_parameters():
-                    key = f"layers.{layer}.{parameter_name}"
-                    if key not in names:
-                        raise PackError(f"{path} lacks the tensor {key}")
-                    copy_checked(parameter, file.get_tensor(key), f"{path}: {key}")
-                modules[layer] = module.to(device).eval().requires_grad_(False)
-    except (SafetensorError, OSError) as error:
-        raise PackError(f"{path} cannot be read: {error}") from None
-    return modules
+    found = stored.modules(layer)
+    for name, parameter in module.named_parameters():
+        what = f"layers.{layer}.{name}"
+        if name not in found:
+            raise PackError(f"{stored.folder} lacks the tensor {what}")
+        copy_checked(parameter, found[name], f"{stored.folder}: {what}")
+    return module
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def compression_map(tokenizer: Any) -> npt.NDArray[np.int32]:
     return mapping
 
 
-def map_sha256(mapping: npt.NDArray[np.int32]) -> str:
+def map_sha256(mapping: npt.NDArray[np.integer[Any]]) -> str:
     """SHA-256 (hexadecimal) of the map as little-endian int32: the form in which released tables pin theirs."""
     return hashlib.sha256(mapping.astype("<i4").tobytes()).hexdigest()
 

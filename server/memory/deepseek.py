@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from server.memory.layer import SIGNED_SQRT_FLOOR, EngramShape, MemoryLayer
-from server.memory.short_conv import ConvRead, ConvSlots
 
 
 class DeepSeekEngram(MemoryLayer):
@@ -44,18 +43,11 @@ class DeepSeekEngram(MemoryLayer):
         root = dot.abs().clamp_min(SIGNED_SQRT_FLOOR).sqrt()
         return torch.sigmoid(torch.where(dot < 0, -root, root))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        slots: ConvSlots | None,
-        at: ConvRead | None,
-        dead: Tensor | None = None,
-    ) -> Tensor:
-        tokens, hc, size = hidden.shape[0], self.shape.branches, self.shape.hidden_size
+    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+        tokens, hc, size = hidden.shape
         key, value = self.wkv(rows).view(tokens, hc + 1, size).split([hc, 1], dim=1)
-        alpha = self.gate(self.branches_of(hidden), key)
+        alpha = self.gate(hidden, key)
         if dead is not None:
             alpha = alpha.masked_fill(dead[:, None, None], 0.0)
-        added: Tensor = alpha * value.float()
-        return added.to(hidden.dtype).view_as(hidden)
+        gated: Tensor = alpha * value.float()
+        return gated

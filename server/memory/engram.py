@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from server.memory.layer import SIGNED_SQRT_FLOOR, BranchNorm, EngramShape, MemoryLayer
-from server.memory.short_conv import ConvRead, ConvSlots, short_conv
 
 CONV_NORM_EPS = 1e-5
 
@@ -56,19 +55,16 @@ class Engram(MemoryLayer):
         key, value = self.key_value(rows).view(tokens, hc + 1, size).split([hc, 1], dim=1)
         return signed_root_gate(key, self.key_norm, hidden, self.query_norm), value
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        slots: ConvSlots | None,
-        at: ConvRead | None,
-        dead: Tensor | None = None,
-    ) -> Tensor:
-        assert slots is not None and at is not None
-        alpha, value = self.gate(self.branches_of(hidden), rows)
-        gated = alpha * value.float()
-        mixed = short_conv(self.conv_norm(gated), self.conv, slots, at).view_as(gated)
-        return gated.add_(mixed).to(hidden.dtype).view_as(hidden)
+    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+        alpha, value = self.gate(hidden, rows)
+        return alpha * value.float()
+
+    def conv_input(self, gated: Tensor) -> Tensor:
+        normed: Tensor = self.conv_norm(gated)
+        return normed
+
+    def taps(self) -> Tensor:
+        return self.conv
 
 
 def signed_root_gate(key: Tensor, key_norm: BranchNorm, query: Tensor, query_norm: BranchNorm) -> Tensor:

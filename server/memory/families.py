@@ -160,11 +160,12 @@ def peft_rule(config: Config, tokenizer: Any) -> NGramRule:
     mapping, vocab = compressed(config, "compressed_vocab_size", tokenizer if compresses else None, base_only=True)
     pad = pad_in(config, "pad_id", mapping, INT64_MAX)
     seed = integer(config, "seed", default=0)
-    return replace(
+    rule = replace(
         hashed(tuple(sorted(layers)), orders, heads, bases, vocab, pad, mapping, seed),
         ids=INT64_MAX if mapping is None else len(mapping),
         oldest_first=True,
     )
+    return stored_multipliers(stored_primes(rule, config), config)
 
 
 def hashed(

@@ -1,6 +1,8 @@
 """The seam of Engram-kind memory layers: rows in, what is added to the residual stream out.
 
-    hidden[T, hc, H], rows[T, C · D] ─→ gate ─→ α · value ─→ (+ short convolution) ─→ added[T, hc, H]
+    hidden[T, hc, H], rows[T, C · D] ─→ gate ─→ v = α · value ─→ v + SiLU(conv(norm(v))) ─→ added[T, hc, H]
+
+The convolution is left out where a form has none.
 
 Shapes: T tokens, hc residual branches (1 on a plain stream), H hidden width, C rows a token, D values a row. The forms
 that were released differ in projections, norms, zero of the gate and convolution: `engram.py`, `deepseek.py`,
@@ -16,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from server.memory.short_conv import ConvRead, ConvSlots
+from server.memory.short_conv import ConvRead, ConvSlots, short_conv
 
 SIGNED_SQRT_FLOOR = 1e-6
 
@@ -51,7 +53,6 @@ class MemoryLayer(nn.Module, ABC):
     def conv_bytes_per_token(self) -> int:
         return self.conv_width * self.dtype.itemsize
 
-    @abstractmethod
     def forward(
         self,
         hidden: Tensor,
@@ -65,9 +66,31 @@ class MemoryLayer(nn.Module, ABC):
         `slots`, `at`: where the convolution's inputs are stored and read; None for layers without one. `dead` bool[T]:
         tokens that take part in no n-gram; None: there are none.
         """
+        gated = self.gated(self.branches_of(hidden), rows, dead)
+        if self.has_conv:
+            assert slots is not None and at is not None
+            gated = gated + short_conv(self.conv_input(gated), self.taps(), slots, at).view_as(gated)
+        return self.joined(gated).to(hidden.dtype).view_as(hidden)
+
+    @abstractmethod
+    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+        """hidden[T, hc, H], rows[T, C · D] → α · value [T, hc, H] in fp32."""
+
+    def conv_input(self, gated: Tensor) -> Tensor:
+        """What the convolution reads of the gated values: [T, hc, H] → the same."""
+        raise NotImplementedError(f"{type(self).__name__} has no convolution")
+
+    def taps(self) -> Tensor:
+        """The convolution's weight [hc · H, K]."""
+        raise NotImplementedError(f"{type(self).__name__} has no convolution")
 
     def branches_of(self, hidden: Tensor) -> Tensor:
+        """[T, hc, H]: what each branch reads of the residual stream."""
         return hidden.view(hidden.shape[0], self.shape.branches, self.shape.hidden_size)
+
+    def joined(self, added: Tensor) -> Tensor:
+        """What the branches write, [T, hc, H], as the residual stream has it."""
+        return added
 
 
 class BranchNorm(nn.Module):

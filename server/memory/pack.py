@@ -54,6 +54,8 @@ class PackConfig:
     norm_eps: float = 1e-6
     branches: int = 1
     form: str = "paper"  # which of `attached.FORMS` reads the rows
+    dilation: int = 0  # of the convolution; 0: the longest order
+    rule: dict[str, Any] = field(default_factory=dict)  # addressing in another family's fields, instead of these
     trained_steps: int = 0
     kind: str = "engram"
     format_version: int = FORMAT_VERSION
@@ -62,13 +64,16 @@ class PackConfig:
     @property
     def row_width(self) -> int:
         """Values a token reads per layer: orders · heads · head_dim."""
-        return (self.max_ngram_size - 1) * self.n_head_per_ngram * self.head_dim
+        orders = len(self.primes[str(self.layer_ids[0])])
+        return orders * self.n_head_per_ngram * self.head_dim
 
     def addressing(self) -> dict[str, Any]:
-        """The part that decides addresses, in the demo's field names, for `addressing.from_config`."""
+        """The part that decides addresses, in the demo's field names or its family's, for `addressing.from_config`."""
+        constants = {"multipliers": self.multipliers or None, "primes": self.primes}
+        if self.rule:
+            return {**self.rule, **constants}
         names = ("layer_ids", "max_ngram_size", "n_head_per_ngram", "engram_vocab_size", "pad_id", "seed")
-        constants = ("compressed_vocab_size", "multipliers", "primes")
-        return {name: getattr(self, name) for name in (*names, *constants)}
+        return {name: getattr(self, name) for name in (*names, "compressed_vocab_size")} | constants
 
     @classmethod
     def read(cls, folder: Path) -> PackConfig:
@@ -88,21 +93,26 @@ class PackConfig:
     def write(self, folder: Path) -> None:
         write_config(folder, asdict(self))
 
-    def check_backbone(
-        self, *, hidden_size: int, num_layers: int, vocab_size: int, sha256: str, compressed: int
-    ) -> None:
-        """Raises PackError, with both values, unless the pack fits this backbone and tokenizer."""
-        pairs = [
-            ("hidden size", self.hidden_size, hidden_size),
-            ("vocabulary", self.vocab_size, vocab_size),
-            ("compressed vocabulary", self.compressed_vocab_size, compressed),
-            ("compression map SHA-256", self.compression_sha256, sha256),
-        ]
+    def check_backbone(self, *, hidden_size: int, num_layers: int, vocab_size: int) -> None:
+        """Raises PackError, with both values, unless the pack fits this backbone. A vocabulary of 0 is not stated."""
+        pairs: list[tuple[str, object, object]] = [("hidden size", self.hidden_size, hidden_size)]
+        if self.vocab_size:
+            pairs.append(("vocabulary", self.vocab_size, vocab_size))
         check_pairs(pairs)
         check_layers(self.layer_ids, num_layers)
 
+    def check_compression(self, *, sha256: str, compressed: int) -> None:
+        """Raises PackError, with both values, unless the tokenizer compresses as the pack's did, if that is stated."""
+        if self.compression_sha256:
+            check_pairs(
+                [
+                    ("compressed vocabulary", self.compressed_vocab_size, compressed),
+                    ("compression map SHA-256", self.compression_sha256, sha256),
+                ]
+            )
 
-OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "form", "trained_steps", "extra"}
+
+OPTIONAL = {"row_type", "kernel_size", "norm_eps", "branches", "form", "dilation", "rule", "trained_steps", "extra"}
 
 
 def engram_shape(config: PackConfig) -> EngramShape:
@@ -111,7 +121,7 @@ def engram_shape(config: PackConfig) -> EngramShape:
         config.row_width,
         config.branches,
         config.kernel_size,
-        config.max_ngram_size,
+        config.dilation or config.max_ngram_size,
         config.norm_eps,
     )
 
@@ -161,15 +171,9 @@ class StemConfig:
 
 def read_config(folder: Path) -> PackConfig | StemConfig:
     """A pack's config.json, of either kind. Raises PackError naming the folder and what is wrong with it."""
-    path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
-    except ValueError as error:
-        raise PackError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise PackError(f"{path} has no format_version; it is not a memory pack's")
+    path, content = folder / CONFIG, read_content(folder)
+    if "format_version" not in content:
+        raise PackError(f"{path} has no format_version, and no field that tells another memory; it is not a pack's")
     kinds: dict[str, type[PackConfig] | type[StemConfig]] = {"engram": PackConfig, "stem": StemConfig}
     kind = content.get("kind")
     if content["format_version"] != FORMAT_VERSION or kind not in kinds:
@@ -178,6 +182,22 @@ def read_config(folder: Path) -> PackConfig | StemConfig:
             f"kinds 'engram' and 'stem', format {FORMAT_VERSION}"
         )
     return kinds[kind].of(content, path)
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """config.json, the text part of a multimodal model's on top. Raises PackError."""
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
+    except ValueError as error:
+        raise PackError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise PackError(f"{path} holds a {type(content).__name__}; a config is needed")
+    inner = content.get("text_config")
+    text = inner.items() if isinstance(inner, dict) else ()
+    return {**content, **{name: value for name, value in text if value is not None}}
 
 
 def write_config(folder: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from server.memory.engram import signed_root_gate
 from server.memory.layer import BranchNorm, EngramShape, MemoryLayer
-from server.memory.short_conv import ConvRead, ConvSlots, short_conv
 
 
 class GroupedNorm(BranchNorm):
@@ -44,17 +43,15 @@ class QwenPLE(MemoryLayer):
         self.norm_key, self.norm_query, self.norm_conv = (GroupedNorm(shape, dtype) for _ in range(3))
         self.conv1d = nn.Conv1d(wide, wide, shape.kernel_size, groups=wide, bias=False, dtype=dtype)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        slots: ConvSlots | None,
-        at: ConvRead | None,
-        dead: Tensor | None = None,
-    ) -> Tensor:
-        assert slots is not None and at is not None
-        key = self.branches_of(self.key_proj(rows))
-        alpha = signed_root_gate(key, self.norm_key, self.branches_of(hidden), self.norm_query)
+    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+        key = self.key_proj(rows).view_as(hidden)
+        alpha = signed_root_gate(key, self.norm_key, hidden, self.norm_query)
         gated: Tensor = alpha * self.value_proj(rows).float()[:, None]
-        mixed = short_conv(self.norm_conv(gated), self.conv1d.weight[:, 0], slots, at).view_as(gated)
-        return gated.add_(mixed).to(hidden.dtype).view_as(hidden)
+        return gated
+
+    def conv_input(self, gated: Tensor) -> Tensor:
+        normed: Tensor = self.norm_conv(gated)
+        return normed
+
+    def taps(self) -> Tensor:
+        return self.conv1d.weight[:, 0]

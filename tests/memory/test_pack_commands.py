@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +50,55 @@ def test_a_rewritten_table_holds_the_same_rows_to_its_types_precision(tmp_path: 
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "table-0.safetensors", "table-2.safetensors"]
 
 
-def test_an_interrupted_run_goes_on_after_the_last_finished_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Power:
+    """Stands in for `chunks`: notes where each reading begins, and cuts the power after `left` chunks in all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+        self.left, self.begun, self.inner = left, [], pack_module.chunks
+        monkeypatch.setattr(pack_module, "CHUNK_BYTES", 4 * 16 * 10)  # ten rows of sixteen values
+        monkeypatch.setattr(pack_module, "chunks", self)
+
+    def __call__(self, table: RowTable, count: Any, first: int = 0) -> Iterator[Any]:
+        self.begun.append(first)
+        for chunk in self.inner(table, count, first):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield chunk
+
+
+@pytest.mark.parametrize("layout", ["packed", "apart"])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "float8_e4m3"])
+def test_an_interrupted_run_goes_on_after_the_last_rows_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, dtype: str
 ) -> None:
     source = save_stem(tmp_path / "in", {layer: torch.randn(50, 16) for layer in (0, 1)}, 8)
-    out, written = tmp_path / "out", []
-    inner = pack_module.write_table
-
-    def watched(path: Path, *args: Any, **kwargs: Any) -> None:
-        written.append(path.name)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        inner(path, *args, **kwargs)
-
-    monkeypatch.setattr(pack_module, "write_table", watched)
+    whole = pack(source=source, out=tmp_path / "whole", layout=layout, dtype=dtype)
+    scans = dtype == "float8_e4m3"  # five chunks more to find a table's scale
+    power = Power(monkeypatch, 8 + 10 * scans)
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pack(source=source, out=out, dtype="int8")
-    assert not out.exists()
+        pack(source=source, out=out, layout=layout, dtype=dtype)
+    assert not out.exists() and not (tmp_path / "out.partial" / "table-1.safetensors").exists()
     with pytest.raises(PackError, match="left from another run"):
-        pack(source=source, out=out, dtype="bfloat16")
-    pack(source=source, out=out, dtype="int8")
-    assert written == ["table-0.safetensors", "table-1.safetensors", "table-1.safetensors"]
+        pack(source=source, out=out, layout=layout, dtype="bfloat16")
+    power.left, power.begun = 100, []
+    pack(source=source, out=out, layout=layout, dtype=dtype)
+    assert power.begun == [30]  # of the second table, three chunks were written; no scale is sought again
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_rows_of_the_same_type_are_copied_bit_for_bit(tmp_path: Path) -> None:
+    """Also where encoding again would round otherwise, and from a packed row back to values and scales apart."""
+    source = save_stem(tmp_path / "in", {0: torch.randn(40, 32) * torch.rand(40, 1) * 9}, 8)
+    for dtype in ("int8", "float8_e4m3", "float8_e4m3_e8m0"):
+        first = pack(source=source, out=tmp_path / f"{dtype}-1", dtype=dtype)
+        second = pack(source=first, out=tmp_path / f"{dtype}-2", layout="apart")
+        third = pack(source=second, out=tmp_path / f"{dtype}-3", layout="packed")
+        name = "table-0.safetensors"
+        assert (first / name).read_bytes() == (third / name).read_bytes()
+        assert torch.equal(all_rows(first / name), all_rows(second / name))
 
 
 def test_a_row_that_is_not_finite_is_named(tmp_path: Path) -> None:

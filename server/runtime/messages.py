@@ -14,6 +14,21 @@ from server.errors import EngramError
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like. `text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar
+    (Lark, or GBNF). `param`: the request's field it came in, for messages. `whitespace`: of JSON, between two tokens.
+    """
+
+    kind: GrammarKind
+    text: str
+    param: str
+    whitespace: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. Stop *strings* are matched by the API process, which then aborts the sequence.
@@ -38,6 +53,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar_of(request),
+        trace=request.traced,
+        timings=bool(request.timings),
     )
 
 

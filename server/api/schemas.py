@@ -49,6 +49,9 @@ class RedirectChoice(Wire):
 
 class MemoryChoice(Wire):
     enabled: bool = Field(True, description="false: answer without the attached memories")
+    trace: bool = Field(
+        False, description="answer with memory_trace: each token's gate and n-gram at every Engram layer"
+    )
     redirect: Annotated[list[RedirectChoice], Field(max_length=MOST_REDIRECTS)] = Field(
         default_factory=list, description="names of the prompt that token-id memories (STEM) shall read as others"
     )
@@ -120,10 +123,15 @@ class SamplingFields(Wire):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     memory: MemoryChoice | None = None
+    timings: bool | None = Field(False, description="answer with usage.timings; in a stream, in its last chunk")
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def traced(self) -> bool:
+        return self.memory is not None and self.memory.trace
 
 
 class CompletionRequest(SamplingFields):

@@ -69,6 +69,10 @@ class Addresser(ABC):
     def mix(self, layer_id: int, windows: Ids, blocked: Any) -> Ids:
         """int64[T, O] the hash before the modulus, one per order: equal mixes read equal rows."""
 
+    @abstractmethod
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        """int64[T] how many ids the longest n-gram that ends at each token holds, its own included; 0: none."""
+
 
 def from_config(config: Mapping[str, Any], *, tokenizer: Any = None) -> Addresser:
     """The addresser of a checkpoint's or pack's config; `families.py` lists the field names.
@@ -147,6 +151,16 @@ class NGramAddresser(Addresser):
 
     def _hashed_ids(self, windows: Any, blocked: Any, constants: Constants) -> Any:
         """[T, n] compressed ids, the pad wherever the three rules put it."""
+        out = self._outside_of(windows, blocked)
+        known = constants.xp.where(out, self._outside, windows[:, : self.n])
+        return known if constants.lookup is None else constants.lookup[known]
+
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        lengths: Ints = (~self._outside_of(windows, blocked)).sum(1)
+        return lengths
+
+    def _outside_of(self, windows: Any, blocked: Any) -> Any:
+        """bool[T, n] where the three rules put the pad: from the first such place on."""
         if windows.shape[1] < self.n:
             raise ValueError(f"windows hold {windows.shape[1]} ids; this memory looks at {self.n}")
         windows = windows[:, : self.n]
@@ -155,8 +169,7 @@ class NGramAddresser(Addresser):
             out[:, 1:] |= windows[:, 1:] == self.boundary
         for place in range(1, self.n):
             out[:, place] |= out[:, place - 1]
-        known = constants.xp.where(out, self._outside, windows)
-        return known if constants.lookup is None else constants.lookup[known]
+        return out
 
     def _mix(self, windows: Any, blocked: Any, constants: Constants) -> Any:
         """[L, T, O]. One plane a look-back: planes[s] becomes the hash of the window's first s + 1 ids."""
@@ -221,3 +234,6 @@ class TokenIdAddresser(Addresser):
 
     def mix(self, layer_id: int, windows: Ids, blocked: Any) -> Ids:
         return self.rows(layer_id, windows, blocked)
+
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        return np.ones(len(windows), np.int64)

@@ -44,6 +44,12 @@ class DeepSeekEngram(MemoryLayer):
         root = dot.abs().clamp_min(SIGNED_SQRT_FLOOR).sqrt()
         return torch.sigmoid(torch.where(dot < 0, -root, root))
 
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        tokens, hc, size = hidden.shape[0], self.shape.branches, self.shape.hidden_size
+        key = self.wkv(rows).view(tokens, hc + 1, size)[:, :hc]
+        alpha = self.gate(self.branches_of(hidden), key).mean((1, 2))
+        return alpha if dead is None else alpha.masked_fill(dead, 0.0)
+
     def forward(
         self,
         hidden: Tensor,

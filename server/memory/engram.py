@@ -56,6 +56,9 @@ class Engram(MemoryLayer):
         key, value = self.key_value(rows).view(tokens, hc + 1, size).split([hc, 1], dim=1)
         return signed_root_gate(key, self.key_norm, hidden, self.query_norm), value
 
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        return self.gate(self.branches_of(hidden), rows)[0].mean((1, 2))
+
     def forward(
         self,
         hidden: Tensor,

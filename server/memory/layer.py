@@ -66,6 +66,10 @@ class MemoryLayer(nn.Module, ABC):
         tokens that take part in no n-gram; None: there are none.
         """
 
+    @abstractmethod
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        """[T] in fp32: how much of their value `forward` lets these tokens in, the mean over branches; for traces."""
+
     def branches_of(self, hidden: Tensor) -> Tensor:
         return hidden.view(hidden.shape[0], self.shape.branches, self.shape.hidden_size)
 

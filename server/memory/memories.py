@@ -24,6 +24,7 @@ from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
 from server.memory.stem import StemPack, StemReading, redirected
+from server.memory.trace import GateTrace
 from server.view import MemoryView
 
 # A hint costs about 0.4 ms of a step here (hashing and queueing, with cold processor caches) and gains the time between
@@ -64,6 +65,7 @@ class MemoryStep:
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[str, ConvRead] = field(default_factory=dict)
+    trace: GateTrace | None = None
 
     @property
     def slow(self) -> bool:
@@ -85,6 +87,8 @@ class MemoryStep:
         total = hidden
         for reading in self.readings[layer]:
             rows = reading.fetch.wait()
+            if self.trace is not None:
+                self.trace.take(layer, reading, hidden, rows)
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
             conv = self.conv_reads.get(reading.pack.name)
             index = reading.seen.index
@@ -133,6 +137,10 @@ class Memories:
             reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen))
             step.readings.setdefault(layer, []).append(reading)
         return step
+
+    def rows_per_token(self, view: MemoryView) -> int:
+        """Rows that a token of this view addresses, over all packs and layers."""
+        return sum(pack.addresser.columns * len(pack.tables) for pack in self.packs if pack.name in view.names)
 
     def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
         """Starts fetching the rows of tokens that the next step will read, if every one of them sees a pack.

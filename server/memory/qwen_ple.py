@@ -44,6 +44,10 @@ class QwenPLE(MemoryLayer):
         self.norm_key, self.norm_query, self.norm_conv = (GroupedNorm(shape, dtype) for _ in range(3))
         self.conv1d = nn.Conv1d(wide, wide, shape.kernel_size, groups=wide, bias=False, dtype=dtype)
 
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        key = self.branches_of(self.key_proj(rows))
+        return signed_root_gate(key, self.norm_key, self.branches_of(hidden), self.norm_query).mean((1, 2))
+
     def forward(
         self,
         hidden: Tensor,

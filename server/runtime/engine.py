@@ -14,6 +14,7 @@ from dataclasses import astuple
 
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.runtime.blocks import BlockPool
+from server.runtime.costs import Costs
 from server.runtime.grammar import Grammars, rest
 from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
 from server.runtime.runner import Runner
@@ -51,7 +52,7 @@ class Engine:
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
         self.max_waiting, self.packs = max_waiting, packs or {}
         self.fixed, self.redirectable = fixed, redirectable
-        self.grammars = grammars
+        self.grammars, self.costs = grammars, Costs(runner.memories)
         self._constrained: list[Sequence] = []
         self.draining = False
         self.steps, self.step_s = 0, 0.0
@@ -108,11 +109,14 @@ class Engine:
             if not outputs:
                 rest(self._constrained, REST_SECONDS)
             return StepOutputs(tuple(outputs), self.stats())
+        counted = self.costs.begin(works)
         try:
             sampled = self.runner.run(works)
         except Exception as error:
             outputs += self._fail(works, error)
         else:
+            if counted:
+                self.costs.end(works)
             outputs += self._take(works, sampled)
         elapsed = time.perf_counter() - begun
         self.steps += 1
@@ -203,6 +207,8 @@ class Engine:
     def _output(self, sequence: Sequence, token: Sampled, now: float) -> TokenOutput:
         ids = (token.token_id,) if sequence.params.max_tokens else ()
         logprobs = (token.logprobs,) if ids and token.logprobs is not None else ()
+        gates, sequence.gates = tuple(sequence.gates), []
+        cost = sequence.cost if sequence.params.timings else None
         if sequence.first_token:
             return TokenOutput(
                 sequence.request_id,
@@ -211,6 +217,8 @@ class Engine:
                 logprobs,
                 sequence.finish_reason,
                 sequence.stop_token_id,
+                gates=gates,
+                cost=cost,
             )
         sequence.first_token = now
         return TokenOutput(
@@ -224,6 +232,8 @@ class Engine:
             queued_s=sequence.first_scheduled - sequence.arrival,
             prefill_s=now - sequence.first_scheduled,
             cached_tokens=sequence.cached_tokens,
+            gates=gates,
+            cost=cost,
         )
 
     def _settle(self) -> list[TokenOutput]:

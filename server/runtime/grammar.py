@@ -7,7 +7,8 @@ so that a slow grammar slows nobody else. Cheap masks (some 20 µs) are made in 
 What a grammar may cost at all is bounded in the library's own units (`limits`), and so by time.
 
 A token means the bytes that the detokeniser shows for it. State follows from the tokens alone: forks begin anew,
-and a preempted sequence keeps it. Knows nothing of schedules, text fields or HTTP. Engine: llguidance (ADR 0005).
+and a preempted sequence keeps it. Knows nothing of schedules, text fields or HTTP. The library, llguidance, has its
+reasons in docs/adr.
 """
 
 from __future__ import annotations

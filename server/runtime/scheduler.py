@@ -93,7 +93,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         known = sequence.tokens[: sequence.length]
         scored = sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_len
-        matched, hashes = ([], []) if scored else self.pool.match(sequence.view.key, known)
+        matched, hashes = ([], []) if scored or sequence.params.trace else self.pool.match(sequence.view.key, known)
         start = len(matched) * self.pool.block_size
         tokens = min(sequence.length - start, budget)
         blocks = self.pool.allocate(-(-(start + tokens) // self.pool.block_size) - len(matched))

@@ -13,7 +13,7 @@ import numpy as np
 
 from server.batch import Ints
 from server.runtime.grammar import Constraint
-from server.runtime.messages import FinishReason, Logprobs, SamplingParams
+from server.runtime.messages import FREE, Cost, FinishReason, Gates, Logprobs, SamplingParams
 from server.view import MemoryView
 
 
@@ -43,6 +43,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     constraint: Constraint | None = None
+    traced: int = 0  # tokens whose gates are known
+    gates: list[Gates] = field(default_factory=list)  # of tokens that no output has told yet
+    cost: Cost = FREE
 
     @classmethod
     def create(

@@ -16,7 +16,8 @@ def text(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"), [("/", "text/html"), ("/static/playground.css", "text/css"), ("/static/playground.js", "text/javascript")]
+    ("path", "kind"),
+    [("/", "text/html"), ("/static/playground.css", "text/css"), ("/static/playground.js", "text/javascript")],
 )
 def test_its_files_come_with_a_policy_that_allows_nothing_but_this_server(
     live: LiveServer, path: str, kind: str

@@ -21,6 +21,7 @@ from server.api.prompts import Prompt
 from server.api.schemas import SamplingFields, check_extra_fields
 from server.api.service import Service
 from server.api.sse import DONE, compact, event, quoted
+from server.api.timings import Trace, timings_of
 from server.errors import EngramError, RequestError
 from server.memory.redirects import Places, Redirect, resolve
 from server.runtime.messages import SamplingParams
@@ -41,7 +42,7 @@ class Answer(ABC):
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
         options = body.stream_options
-        self.include_usage = options is not None and bool(options.include_usage)
+        self.include_usage = (options is not None and bool(options.include_usage)) or bool(body.timings)
         self.running_usage = self.include_usage and bool(options and options.continuous_usage_stats)
         self.arrival: float = request.state.arrival
         self.head: dict[str, Any] = {
@@ -50,7 +51,8 @@ class Answer(ABC):
             "model": model,
         }
         self.spelling = Spelling(service.pieces, as_ids=bool(body.return_tokens_as_token_ids))
-        self._full = self.always_full
+        self._full = self.always_full or body.traced
+        self._traces: dict[int, Trace] = {}
         self._before: dict[int, str] = {}
         self._after = self._plain_end()
 
@@ -132,7 +134,7 @@ class Answer(ABC):
             **self.head,
             "object": self.kind,
             "choices": choices,
-            "usage": usage_of(generation),
+            "usage": self.usage_of(generation),
             **self.extra(generation),
         }
 
@@ -175,6 +177,19 @@ class Answer(ABC):
             chunk["usage"] = None
         return event(chunk)
 
+    def traced(self, delta: Delta) -> dict[str, Any]:
+        """A choice's further fields if its memories are traced."""
+        if not self.body.traced:
+            return {}
+        trace = self._traces.get(delta.choice.index)
+        if trace is None:
+            trace = self._traces[delta.choice.index] = Trace(delta.choice, self.spelling)
+        return {"memory_trace": trace.part(delta)}
+
+    def usage_of(self, generation: Generation) -> dict[str, Any]:
+        whole = usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+        return {**whole, "timings": timings_of(generation)} if self.body.timings else whole
+
     def _plain_start(self, index: int) -> str:
         head = compact({**self.head, "object": self.chunk_kind})
         return f'data: {head[:-1]},"choices":[{self.plain_choice(index)[0]}'
@@ -185,7 +200,7 @@ class Answer(ABC):
     def _end(self, generation: Generation) -> str:
         if not self.include_usage:
             return DONE
-        return event({**self.head, "object": self.chunk_kind, "choices": [], "usage": usage_of(generation)}) + DONE
+        return event({**self.head, "object": self.chunk_kind, "choices": [], "usage": self.usage_of(generation)}) + DONE
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
@@ -197,10 +212,6 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
-def usage_of(generation: Generation) -> dict[str, Any]:
-    return usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
-
-
 def _joined(deltas: list[Delta]) -> Delta:
     return Delta(
         deltas[0].choice,
@@ -208,4 +219,5 @@ def _joined(deltas: list[Delta]) -> Delta:
         tuple(i for delta in deltas for i in delta.token_ids),
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].first,
+        tuple(entry for delta in deltas for entry in delta.gates),
     )

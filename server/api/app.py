@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 from server.api import errors
 from server.api.middleware import BodyLimit, Edge
-from server.api.routes import chat, completions, models, operations, tokens
+from server.api.routes import chat, completions, models, operations, playground, tokens
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.models.source import ModelSource
@@ -30,6 +30,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource) ->
     app.state.service = service
     for module in (completions, chat, models, tokens, operations):
         app.include_router(module.routes(service))
+    app.include_router(playground.routes())
     errors.install(app)
 
     @app.exception_handler(ClientGone)

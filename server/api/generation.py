@@ -20,7 +20,7 @@ from server.errors import NotReady, RequestError
 from server.memory.redirects import Places
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
-from server.runtime.messages import FinishReason, Logprobs, SamplingParams, Submit, TokenOutput
+from server.runtime.messages import FREE, Cost, FinishReason, Gates, Logprobs, SamplingParams, Submit, TokenOutput
 
 
 @dataclass(slots=True)
@@ -43,7 +43,11 @@ class Choice:
     detokeniser: Detokeniser
     tokens: int = 0
     cached_tokens: int = 0
+    first: float = 0.0
     last: float = 0.0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    cost: Cost = FREE
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -57,6 +61,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
     first: TokenOutput | None
+    gates: tuple[Gates, ...] = ()
 
 
 class Generation:
@@ -78,7 +83,7 @@ class Generation:
     ) -> None:
         self._client, self._metrics = service.client, service.metrics
         self._eos = frozenset(service.source.tokenizer.eos_token_ids)
-        self._arrival, self._options = arrival, options
+        self.arrival, self._options = arrival, options
         self._submits: list[Submit] = []
         self._children: list[list[Choice]] = []
         for number, (prompt, own, places) in enumerate(zip(prompts, params, redirects, strict=True)):
@@ -167,7 +172,7 @@ class Generation:
             elif output.stop_token_id is not None and output.stop_token_id not in self._eos:
                 choice.stop_reason = output.stop_token_id
             self._finish(choice, output.finish_reason, now)
-        return Delta(choice, text, ids, output.logprobs, first)
+        return Delta(choice, text, ids, output.logprobs, first, output.gates)
 
     def _observe(self, choice: Choice, output: TokenOutput, now: float) -> TokenOutput | None:
         """Counts and times; returns the output if it is the choice's first."""
@@ -175,16 +180,19 @@ class Generation:
         choice.tokens += len(output.token_ids)
         metrics.generation_tokens += len(output.token_ids)
         last, choice.last = choice.last, now
+        if output.cost is not None:
+            choice.cost = output.cost
         if last:
             if output.token_ids:
                 metrics.between_tokens.observe(now - last)
             return None
         if output.queued_s is None or output.prefill_s is None:
             return None  # ended before its first token
+        choice.first, choice.queued_s, choice.prefill_s = now, output.queued_s, output.prefill_s
         if choice.child == 0:
             choice.cached_tokens = output.cached_tokens
             metrics.prompt_tokens += len(choice.prompt.token_ids)
-            metrics.first_token.observe(now - self._arrival)
+            metrics.first_token.observe(now - self.arrival)
             metrics.queue.observe(output.queued_s)
             metrics.prefill.observe(output.prefill_s)
         return output
@@ -193,7 +201,7 @@ class Generation:
         choice.finish_reason = reason
         self._open -= 1
         self._metrics.finished[reason] += 1
-        self._metrics.end_to_end.observe(now - self._arrival)
+        self._metrics.end_to_end.observe(now - self.arrival)
 
     def _close(self, reason: FinishReason) -> None:
         now = time.monotonic()

@@ -41,11 +41,51 @@ class CachedTokens(Reply):
     cached_tokens: int
 
 
+class Timings(Reply):
+    """Milliseconds; `rows` the memories' rows that its tokens addressed, `hits` those no table was read for."""
+
+    queue_ms: float | None
+    prefill_ms: float | None
+    ttft_ms: float | None
+    inter_token_ms: float | None
+    total_ms: float
+    stall_ms: float
+    rows: int
+    hits: int
+
+
 class Usage(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    timings: Timings | None = None
+
+
+class NGram(Reply):
+    text: str
+    token_ids: list[int]
+
+
+class GateEntry(Reply):
+    """`gate`: mean over the layer's branches, 0 to 1. `ngram`: the longest one that ends at the token."""
+
+    memory: str
+    layer: int
+    gate: float
+    ngram: NGram
+
+
+class TraceEntry(Reply):
+    position: int
+    token_id: int
+    token: str
+    memory: list[GateEntry]
+
+
+class MemoryTrace(Reply):
+    prompt: list[TraceEntry]
+    tokens: list[TraceEntry]
 
 
 class RedirectedPlaces(Reply):
@@ -79,6 +119,7 @@ class CompletionChoice(Reply):
     stop_reason: str | int | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    memory_trace: MemoryTrace | None = None
 
 
 class Completion(Reply):
@@ -118,6 +159,7 @@ class ChatChoice(Reply):
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     token_ids: list[int] | None = None
+    memory_trace: MemoryTrace | None = None
 
 
 class ChatCompletion(Reply):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.api.schemas import SamplingFields
+from server.api.structured import grammar_of
 from server.errors import RequestError
 from server.runtime.messages import SamplingParams
 
@@ -34,6 +35,9 @@ def sampling_params(
         seed=request.seed,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar_of(request),
+        trace=request.traced,
+        timings=bool(request.timings),
     )
 
 

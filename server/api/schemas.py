@@ -18,6 +18,7 @@ MOST_CHOICES = 128  # OpenAI's bound on n
 MOST_STOPS = 64
 MOST_BIASES = 1024
 MOST_REDIRECTS = 64
+MOST_OPTIONS = 1024
 
 Int = Annotated[int, Field(ge=-INT64 - 1, le=INT64)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
@@ -48,9 +49,45 @@ class RedirectChoice(Wire):
 
 class MemoryChoice(Wire):
     enabled: bool = Field(True, description="false: answer without the attached memories")
+    trace: bool = Field(
+        False, description="answer with memory_trace: each token's gate and n-gram at every Engram layer"
+    )
     redirect: Annotated[list[RedirectChoice], Field(max_length=MOST_REDIRECTS)] = Field(
         default_factory=list, description="names of the prompt that token-id memories (STEM) shall read as others"
     )
+
+
+JsonSchema = dict[str, Any] | bool
+
+
+class NamedSchema(Wire):
+    name: str | None = None
+    description: str | None = None
+    definition: JsonSchema | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="answers always follow the schema")
+
+
+class ResponseFormat(Wire):
+    """OpenAI's way to say what the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Wire):
+    """vLLM's way; one of the first five."""
+
+    definition: JsonSchema | str | None = Field(None, alias="json", description="a JSON schema, or its text")
+    json_object: bool | None = Field(None, description="any JSON object")
+    regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="the whole answer matches")
+    choice: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_OPTIONS)] | None
+    ) = Field(None, description="the answer is one of these")
+    grammar: Annotated[str, Field(min_length=1)] | None = Field(None, description="Lark, or llama.cpp's GBNF")
+    whitespace_pattern: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a regular expression: what may stand between the tokens of JSON"
+    )
+    disable_any_whitespace: bool | None = Field(False, description="at most one blank between the tokens of JSON")
 
 
 class SamplingFields(Wire):
@@ -83,11 +120,18 @@ class SamplingFields(Wire):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         None, description="requests share cached prefixes only with the same salt"
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     memory: MemoryChoice | None = None
+    timings: bool | None = Field(False, description="answer with usage.timings; in a stream, in its last chunk")
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def traced(self) -> bool:
+        return self.memory is not None and self.memory.trace
 
 
 class CompletionRequest(SamplingFields):
@@ -145,10 +189,6 @@ def _at_most_one(value: Any) -> bool:
     return value is None or value == 1
 
 
-def _plain_text(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and value.get("type") == "text")
-
-
 # Fields we know and do not serve → whether a value asks for nothing.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
@@ -156,11 +196,10 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
         _nothing,
     ),
     **dict.fromkeys(("tools", "functions", "function_call", "audio", "prediction", "web_search_options"), _nothing),
-    **dict.fromkeys(("chat_template", "documents", "structured_outputs", "logprob_token_ids"), _nothing),
+    **dict.fromkeys(("chat_template", "documents", "logprob_token_ids"), _nothing),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _nothing),
     "prompt_logprobs": lambda value: value is None,
     "best_of": _at_most_one,
-    "response_format": _plain_text,
     "tool_choice": lambda value: value in (None, "none", "auto"),
     "modalities": lambda value: value in (None, ["text"]),
     "length_penalty": _at_most_one,

@@ -76,6 +76,10 @@ class Addresser(ABC):
         A mix that no token-id table can have leads past its end. Raises KeyError for a layer without a table.
         """
 
+    @abstractmethod
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        """int64[T] how many ids the longest n-gram that ends at each token holds, its own included; 0: none."""
+
 
 def from_config(config: Mapping[str, Any], *, tokenizer: Any = None) -> Addresser:
     """The addresser of a checkpoint's or pack's config; `families.py` lists the field names.
@@ -162,6 +166,16 @@ class NGramAddresser(Addresser):
 
     def _hashed_ids(self, windows: Any, blocked: Any, constants: Constants) -> Any:
         """[T, n] compressed ids, the pad wherever the three rules put it."""
+        out = self._outside_of(windows, blocked)
+        known = constants.xp.where(out, self._outside, windows[:, : self.n])
+        return known if constants.lookup is None else constants.lookup[known]
+
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        lengths: Ints = (~self._outside_of(windows, blocked)).sum(1)
+        return lengths
+
+    def _outside_of(self, windows: Any, blocked: Any) -> Any:
+        """bool[T, n] where the three rules put the pad: from the first such place on."""
         if windows.shape[1] < self.n:
             raise ValueError(f"windows hold {windows.shape[1]} ids; this memory looks at {self.n}")
         windows = windows[:, : self.n]
@@ -170,8 +184,7 @@ class NGramAddresser(Addresser):
             out[:, 1:] |= windows[:, 1:] == self.boundary
         for place in range(1, self.n):
             out[:, place] |= out[:, place - 1]
-        known = constants.xp.where(out, self._outside, windows)
-        return known if constants.lookup is None else constants.lookup[known]
+        return out
 
     def _mix(self, windows: Any, blocked: Any, constants: Constants) -> Any:
         """[L, T, O]. One plane a look-back: planes[s] becomes the hash of the window's first s + 1 ids."""
@@ -241,3 +254,6 @@ class TokenIdAddresser(Addresser):
         if layer_id not in self.rows_per_table:
             raise KeyError(layer_id)
         return mix[:, None]
+
+    def ngram_lengths(self, windows: Ints, blocked: Bools) -> Ints:
+        return np.ones(len(windows), np.int64)

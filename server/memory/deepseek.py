@@ -51,3 +51,10 @@ class DeepSeekEngram(MemoryLayer):
             alpha = alpha.masked_fill(dead[:, None, None], 0.0)
         gated: Tensor = alpha * value.float()
         return gated
+
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        query = self.branches_of(hidden)
+        tokens, hc, size = query.shape
+        key = self.wkv(rows).view(tokens, hc + 1, size)[:, :hc]
+        alpha = self.gate(query, key).mean((1, 2))
+        return alpha if dead is None else alpha.masked_fill(dead, 0.0)

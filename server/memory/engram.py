@@ -66,6 +66,9 @@ class Engram(MemoryLayer):
     def taps(self) -> Tensor:
         return self.conv
 
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        return self.gate(self.branches_of(hidden), rows)[0].mean((1, 2))
+
 
 def signed_root_gate(key: Tensor, key_norm: BranchNorm, query: Tensor, query_norm: BranchNorm) -> Tensor:
     """key, query [T, hc, H], to be normed → α[T, hc, 1] in fp32. A score of exactly 0 gives 1/2."""

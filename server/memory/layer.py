@@ -84,6 +84,10 @@ class MemoryLayer(nn.Module, ABC):
         """The convolution's weight [hc · H, K]."""
         raise NotImplementedError(f"{type(self).__name__} has no convolution")
 
+    @abstractmethod
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        """[T] in fp32: how much of their value `forward` lets these tokens in, the mean over branches; for traces."""
+
     def branches_of(self, hidden: Tensor) -> Tensor:
         """[T, hc, H]: what each branch reads of the residual stream."""
         return hidden.view(hidden.shape[0], self.shape.branches, self.shape.hidden_size)

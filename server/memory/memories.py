@@ -29,6 +29,7 @@ from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
 from server.memory.stem import StemPack, StemReading, redirected
+from server.memory.trace import GateTrace
 from server.memory.warm_start import WarmStart
 from server.view import MemoryView
 
@@ -71,6 +72,7 @@ class MemoryStep:
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[str, ConvRead] = field(default_factory=dict)
+    trace: GateTrace | None = None
 
     @property
     def slow(self) -> bool:
@@ -93,6 +95,8 @@ class MemoryStep:
         total = hidden
         for reading in self.readings[layer]:
             rows = reading.fetch.wait()
+            if self.trace is not None:
+                self.trace.take(layer, reading, hidden, rows)
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
             conv = self.conv_reads.get(reading.pack.name)
             index = reading.seen.index
@@ -159,6 +163,10 @@ class Memories:
         return [
             DeviceFetch(lookup, dtype) if isinstance(lookup.table, DeviceTable) else next(begun) for lookup in lookups
         ]
+
+    def rows_per_token(self, view: MemoryView) -> int:
+        """Rows that a token of this view addresses, over all packs and layers."""
+        return sum(pack.addresser.columns * len(pack.tables) for pack in self.packs if pack.name in view.names)
 
     def hint(
         self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView], askers: Ints | None = None

@@ -43,9 +43,13 @@ class QwenPLE(MemoryLayer):
         self.norm_key, self.norm_query, self.norm_conv = (GroupedNorm(shape, dtype) for _ in range(3))
         self.conv1d = nn.Conv1d(wide, wide, shape.kernel_size, groups=wide, bias=False, dtype=dtype)
 
-    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+    def alpha(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden[T, hc, H], rows[T, C · D] → α[T, hc, 1] in fp32."""
         key = self.key_proj(rows).view_as(hidden)
-        alpha = signed_root_gate(key, self.norm_key, hidden, self.norm_query)
+        return signed_root_gate(key, self.norm_key, hidden, self.norm_query)
+
+    def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+        alpha = self.alpha(hidden, rows)
         gated: Tensor = alpha * self.value_proj(rows).float()[:, None]
         return gated
 
@@ -55,3 +59,6 @@ class QwenPLE(MemoryLayer):
 
     def taps(self) -> Tensor:
         return self.conv1d.weight[:, 0]
+
+    def gates(self, hidden: Tensor, rows: Tensor, dead: Tensor | None = None) -> Tensor:
+        return self.alpha(self.branches_of(hidden), rows).mean((1, 2))

@@ -16,6 +16,8 @@ from server.cache.counters import LayerCounters
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
+from server.runtime.costs import Costs
+from server.runtime.grammar import Grammars, rest
 from server.runtime.messages import (
     EngineStats,
     FinishReason,
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
+# How long an engine with nothing to do but wait for grammars stays deaf to messages.
+REST_SECONDS = 0.005
 
 
 class Engine:
@@ -52,6 +56,7 @@ class Engine:
         packs: dict[str, str] | None = None,
         fixed: frozenset[str] = frozenset(),
         redirectable: frozenset[str] = frozenset(),
+        grammars: Grammars | None = None,
     ) -> None:
         self.runner, self.pool = runner, pool
         self.scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
@@ -59,6 +64,8 @@ class Engine:
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
         self.max_waiting, self.packs = max_waiting, packs or {}
         self.fixed, self.redirectable = fixed, redirectable
+        self.grammars, self.costs = grammars, Costs(runner.memories)
+        self._constrained: list[Sequence] = []
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._requests: dict[str, list[Sequence]] = {}
@@ -89,6 +96,12 @@ class Engine:
             )
             for index in range(request.n)
         ]
+        grammar = request.params.grammar
+        if grammar is not None:
+            assert self.grammars is not None
+            for sequence in family:
+                sequence.constraint = self.grammars.constraint(grammar)
+            self._constrained += family
         family[0].children = family[1:]
         self.runner.page_in(family[0])
         self.scheduler.add(family[0])
@@ -103,15 +116,21 @@ class Engine:
     def step(self) -> StepOutputs:
         """Computes the next batch. Does nothing (no outputs) when idle."""
         begun = time.perf_counter()
+        outputs = self._settle() if self._constrained else []
         works = self.scheduler.schedule()
         if not works:
-            return StepOutputs((), self.stats())
+            if not outputs:
+                rest(self._constrained, REST_SECONDS)
+            return StepOutputs(tuple(outputs), self.stats())
+        counted = self.costs.begin(works)
         try:
             sampled = self.runner.run(works)
         except Exception as error:
-            outputs = self._fail(works, error)
+            outputs += self._fail(works, error)
         else:
-            outputs = self._take(works, sampled)
+            if counted:
+                self.costs.end(works)
+            outputs += self._take(works, sampled)
         elapsed = time.perf_counter() - begun
         self.steps += 1
         self.step_s += elapsed
@@ -220,6 +239,8 @@ class Engine:
     def _output(self, sequence: Sequence, token: Sampled, now: float) -> TokenOutput:
         ids = (token.token_id,) if sequence.params.max_tokens else ()
         logprobs = (token.logprobs,) if ids and token.logprobs is not None else ()
+        gates, sequence.gates = tuple(sequence.gates), []
+        cost = sequence.cost if sequence.params.timings else None
         if sequence.first_token:
             return TokenOutput(
                 sequence.request_id,
@@ -228,6 +249,8 @@ class Engine:
                 logprobs,
                 sequence.finish_reason,
                 sequence.stop_token_id,
+                gates=gates,
+                cost=cost,
             )
         sequence.first_token = now
         return TokenOutput(
@@ -241,7 +264,19 @@ class Engine:
             queued_s=sequence.first_scheduled - sequence.arrival,
             prefill_s=now - sequence.first_scheduled,
             cached_tokens=sequence.cached_tokens,
+            gates=gates,
+            cost=cost,
         )
+
+    def _settle(self) -> list[TokenOutput]:
+        """Takes what was done for grammars beside the last step; ends the sequences whose grammar cannot go on."""
+        outputs = []
+        for sequence in list(self._constrained):
+            error = sequence.constraint.settle() if sequence.constraint is not None else None
+            if error is not None:
+                self._end(sequence, "error")
+                outputs.append(TokenOutput(sequence.request_id, sequence.index, (), finish_reason="error", error=error))
+        return outputs
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:
         """Ends the sequences that the failed step was computing; of a broken table's, only those that read it.
@@ -264,6 +299,8 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.finish(sequence)
+        if sequence.constraint is not None:
+            self._constrained.remove(sequence)
         family = self._requests.get(sequence.request_id)
         if family is not None:
             family.remove(sequence)

@@ -7,12 +7,30 @@ engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from server.cache.counters import OrderCounters
 from server.errors import EngramError
 
+if TYPE_CHECKING:
+    from server.memory.trace import Gate  # importing it would load torch
+
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like. `text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar
+    (Lark, or GBNF). `param`: the request's field it came in, for messages. `whitespace`: of JSON, between two tokens.
+    """
+
+    kind: GrammarKind
+    text: str
+    param: str
+    whitespace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +39,8 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0 and top_p 1 switch their filter off. `logprobs` None: none; 0: the sampled
     token's only; k: the k most likely besides. `seed` None: the engine draws one. `prompt_logprobs` scores the
-    prompt (echo with logprobs); it skips prefix hits.
+    prompt (echo with logprobs); it skips prefix hits. `trace` wants the memories' gates at every token, and skips them
+    too; `timings` wants the memories' costs.
     """
 
     max_tokens: int = 16
@@ -39,6 +58,9 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
+    trace: bool = False
+    timings: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +109,24 @@ class Logprobs:
         return Logprobs, (self.token_id, self.logprob, self.rank, self.top)  # as TokenOutput's, below
 
 
+class Gates(NamedTuple):
+    """Of the token at this position, prompt included: what each Engram layer let in."""
+
+    position: int
+    gates: tuple[Gate, ...]
+
+
+class Cost(NamedTuple):
+    """Of one sequence so far: seconds its steps waited for rows, rows it addressed, those no table was read for."""
+
+    stall_s: float = 0.0
+    rows: int = 0
+    hits: float = 0.0
+
+
+FREE = Cost()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """What one step brought one sequence: usually one token. A refused request ends with index -1 and its `error`.
@@ -94,6 +134,7 @@ class TokenOutput:
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
     output only. `cached_tokens`: prompt tokens served from the prefix cache, on the first output only.
+    `gates`: of the tokens computed since the last output; the newest token is computed only by the next step.
     """
 
     request_id: str
@@ -107,11 +148,14 @@ class TokenOutput:
     queued_s: float | None = None
     prefill_s: float | None = None
     cached_tokens: int = 0
+    gates: tuple[Gates, ...] = ()
+    cost: Cost | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         # One crosses the pipe per token; dataclasses' own way, field by field through setattr, costs ten times this.
         # After its first token a sequence says little else.
-        if self.queued_s is None and self.finish_reason is None and self.error is None:
+        extras = self.gates or self.cost is not None
+        if self.queued_s is None and self.finish_reason is None and self.error is None and not extras:
             return TokenOutput, (self.request_id, self.index, self.token_ids, self.logprobs)
         return TokenOutput, tuple(getattr(self, name) for name in self.__slots__)
 

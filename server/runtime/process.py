@@ -18,6 +18,7 @@ from typing import Any
 from server.errors import EngramError
 from server.runtime.blocks import BlockPool
 from server.runtime.engine import Engine
+from server.runtime.grammar import Grammars
 from server.runtime.load import Loaded, describe, load
 from server.runtime.messages import Abort, Drain, Failed, Ready, StepOutputs, Submit, TokenOutput
 from server.runtime.runner import Runner
@@ -52,6 +53,9 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
         packs={pack.name: pack.fingerprint for pack in loaded.memories.packs} if loaded.memories else None,
         fixed=loaded.fixed,
         redirectable=loaded.redirectable,
+        grammars=Grammars(
+            lambda: loaded.source.tokenizer, loaded.source.config.vocab_size, loaded.source.config.eos_token_ids
+        ),
     )
 
 

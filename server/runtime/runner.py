@@ -15,9 +15,10 @@ from torch import Tensor
 from server.batch import Batch, Ints
 from server.memory.addressing import windows_of
 from server.memory.memories import Memories
+from server.memory.trace import GateTrace
 from server.models.attention.base import AttentionBackend
 from server.models.decoder import Decoder
-from server.runtime.messages import Logprobs
+from server.runtime.messages import Gates, Logprobs
 from server.runtime.sampler import Sampled, describe, sample
 from server.runtime.scheduler import Work
 from server.runtime.sequence import Sequence
@@ -48,7 +49,12 @@ class Runner:
         """Computes the works' tokens; returns the next token of each sequence that reached its end."""
         batch = self.batch(works)
         step = self.memories.begin(batch) if self.memories else None
+        traced = self._traced(works, batch) if step is not None else None
+        if step is not None and traced is not None:
+            step.trace = traced
         hidden = self.model(batch, self.attention, step)
+        if traced is not None:
+            self._keep_gates(works, batch, traced)
         self._score_prompts(works, batch, hidden)
         sequences = [work.sequence for work in works if work.completes]
         if not sequences:
@@ -121,6 +127,24 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+    def _traced(self, works: list[Work], batch: Batch) -> GateTrace | None:
+        """For the tokens of the sequences that asked for their gates; None without any."""
+        if not any(work.sequence.params.trace for work in works):
+            return None
+        spans = zip(works, batch.query_start.tolist(), strict=False)
+        tokens = [np.arange(work.tokens) + first for work, first in spans if work.sequence.params.trace]
+        return GateTrace(np.concatenate(tokens))
+
+    def _keep_gates(self, works: list[Work], batch: Batch, trace: GateTrace) -> None:
+        """Gates to their sequences; what a preempted sequence computes again is known already."""
+        found = trace.of_tokens()
+        for work, first in zip(works, batch.query_start.tolist(), strict=False):
+            sequence = work.sequence
+            if sequence.params.trace:
+                for position in range(max(work.start, sequence.traced), work.start + work.tokens):
+                    sequence.gates.append(Gates(position, found[first + position - work.start]))
+                sequence.traced = max(sequence.traced, work.start + work.tokens)
 
     def _score_prompts(self, works: list[Work], batch: Batch, hidden: Tensor) -> None:
         """Appends the log-probabilities of prompt tokens to sequences that asked to have their prompt scored."""

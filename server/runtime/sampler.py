@@ -1,7 +1,7 @@
 """The sampler: one token per row of logits, vectorised over rows, the noise keyed by (seed, position).
 
-    logits ─ bias, penalties, min_tokens ─► greedy rows: argmax
-                                        └► others: / temperature ─ top-k, min-p, top-p ─ inverse CDF at u(seed, pos)
+    logits ─ bias, penalties, min_tokens, grammar ─► greedy rows: argmax
+                                                 └► others: / temperature ─ filters ─ inverse CDF at u(seed, pos)
 
 Sampling reads a row's cumulative distribution, most likely token first, at one uniform number: batch composition
 cannot change the draw. Log-probabilities are those of the model's own logits, before any of the above.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.runtime.grammar import constrain_
 from server.runtime.messages import Logprobs
 from server.runtime.philox import uniform
 from server.runtime.sequence import Sequence
@@ -35,6 +36,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
     adjust_(logits, sequences)
+    constrain_(logits, sequences)
     tokens = logits.max(dim=-1).indices  # twice as fast as argmax on CPU
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
@@ -66,7 +68,7 @@ def adjust_(logits: Tensor, sequences: list[Sequence]) -> None:
             generated = sequence.tokens[sequence.prompt_len : sequence.length]
             ids_, counts = (torch.from_numpy(a).to(row.device) for a in np.unique(generated, return_counts=True))
             row[ids_] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
-        if sequence.generated < params.min_tokens and sequence.stop_ids:
+        if sequence.generated < params.min_tokens and sequence.stop_ids and sequence.constraint is None:
             row[[i for i in sequence.stop_ids if i < row.numel()]] = -torch.inf
 
 

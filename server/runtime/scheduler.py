@@ -2,8 +2,8 @@
 
 One budget of tokens per step covers decode, chunked prefill and recompute alike: a sequence is only ever behind by
 some number of tokens. Running sequences come first, oldest first; what is left of the budget admits waiting ones in
-order of arrival. When no block is free, the youngest running sequence gives its blocks back and waits again; its
-blocks stay in the prefix cache until someone needs them.
+order of arrival. Whoever waits for a grammar is left out. When no block is free, the youngest running sequence gives
+its blocks back and waits again; its blocks stay in the prefix cache until someone needs them.
 
 Knows blocks, lengths and budgets; nothing of tensors, text or clients.
 """
@@ -59,6 +59,9 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
+            if not sequence.ready:
+                index += 1
+                continue
             tokens = min(sequence.pending, budget)
             if not self._grow(sequence, tokens):
                 continue  # `running` became shorter; if the sequence itself went, `index` is past the end
@@ -66,7 +69,8 @@ class Scheduler:
             budget -= tokens
             index += 1
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            work = self._admit(self.waiting[0], budget)
+            ready = next((sequence for sequence in self.waiting if sequence.ready), None)
+            work = self._admit(ready, budget) if ready is not None else None
             if work is None:
                 break
             works.append(work)
@@ -89,14 +93,14 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         known = sequence.tokens[: sequence.length]
         scored = sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_len
-        matched, hashes = ([], []) if scored else self.pool.match(sequence.view.key, known)
+        matched, hashes = ([], []) if scored or sequence.params.trace else self.pool.match(sequence.view.key, known)
         start = len(matched) * self.pool.block_size
         tokens = min(sequence.length - start, budget)
         blocks = self.pool.allocate(-(-(start + tokens) // self.pool.block_size) - len(matched))
         if blocks is None:
             self.pool.release(matched)
             return None
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.blocks, sequence.hashes, sequence.computed = matched + blocks, hashes, start
         sequence.row = self._rows.pop()

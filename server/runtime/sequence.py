@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from server.batch import Ints
-from server.runtime.messages import FinishReason, Logprobs, SamplingParams
+from server.runtime.grammar import Constraint
+from server.runtime.messages import FREE, Cost, FinishReason, Gates, Logprobs, SamplingParams
 from server.view import MemoryView
 
 
@@ -41,6 +42,10 @@ class Sequence:
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    constraint: Constraint | None = None
+    traced: int = 0  # tokens whose gates are known
+    gates: list[Gates] = field(default_factory=list)  # of tokens that no output has told yet
+    cost: Cost = FREE
 
     @classmethod
     def create(
@@ -83,11 +88,20 @@ class Sequence:
     def generated(self) -> int:
         return self.length - self.prompt_len
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can take part in a step: a grammar's next mask may still be in the making."""
+        return self.constraint is None or self.constraint.ready
+
     def append(self, token_id: int) -> None:
         """Takes a sampled token and decides whether the sequence ends with it."""
         self.tokens[self.length] = token_id
         self.length += 1
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         if token_id in self.stop_ids and self.generated >= self.params.min_tokens:
             self.finish_reason, self.stop_token_id = "stop", token_id
+        elif self.constraint is not None and self.constraint.complete:
+            self.finish_reason = "stop"
         elif self.generated >= self.params.max_tokens or self.length >= self.max_len:
             self.finish_reason = "length"

@@ -25,6 +25,10 @@ def assert_refused(reply: Reply, status: int, *words: str) -> None:
         assert word in error.message, error.message
 
 
+def json_of(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -74,7 +78,27 @@ def assert_refused(reply: Reply, status: int, *words: str) -> None:
         ({"prompt": "a", "prompt_logprobs": -1}, ["prompt_logprobs"]),
         ({"prompt": "a", "truncate_prompt_tokens": 4}, ["truncate_prompt_tokens"]),
         ({"prompt": "a", "guided_json": {}, "guided_regex": "a"}, ["guided_regex"]),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, ["response_format"]),
+        ({"prompt": "a", "response_format": {"type": "xml"}}, ["response_format"]),
+        ({"prompt": "a", "response_format": {"type": "json_schema"}}, ["response_format", "schema"]),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            ["response_format"],
+        ),
+        ({"prompt": "a", "response_format": json_of({"type": "nonsense"})}, ["response_format", "nonsense"]),
+        ({"prompt": "a", "response_format": json_of({"not": {}})}, ["response_format", "not"]),
+        ({"prompt": "a", "response_format": json_of({"enum": ["x" * 70_000]})}, ["bytes", "65536"]),
+        ({"prompt": "a", "structured_outputs": {"regex": "("}}, ["structured_outputs.regex"]),
+        ({"prompt": "a", "structured_outputs": {"regex": ""}}, ["structured_outputs"]),
+        ({"prompt": "a", "structured_outputs": {"choice": []}}, ["structured_outputs"]),
+        ({"prompt": "a", "structured_outputs": {"choice": [1]}}, ["structured_outputs"]),
+        ({"prompt": "a", "structured_outputs": {"json": "{"}}, ["structured_outputs.json"]),
+        ({"prompt": "a", "structured_outputs": {"grammar": "root ::= b"}}, ["structured_outputs.grammar"]),
+        ({"prompt": "a", "structured_outputs": {"structural_tag": "{}"}}, ["structural_tag"]),
+        ({"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}}, ["regex", "choice", "give one"]),
+        (
+            {"prompt": "a", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            ["response_format", "structured_outputs.regex", "give one"],
+        ),
         ({"prompt": "a", "memory": True}, ["memory"]),
         ({"prompt": "a", "memory": {"enabled": "no"}}, ["memory"]),
         ({"prompt": "a", "cache_salt": ""}, ["cache_salt"]),

@@ -41,6 +41,7 @@ class ReferenceEngram:
     def __init__(self, folder: Path, mapping: list[int]) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         self.mapping = mapping
+        self.gates: dict[int, Tensor] = {}  # of the last sequence, by layer: mean over branches [T]
         modules = load_file(folder / "modules.safetensors")
         self.modules = {name: tensor.double() for name, tensor in modules.items()}
         self.tables = {
@@ -73,6 +74,7 @@ class ReferenceEngram:
         projected = e @ w["key_value.weight"].T + w["key_value.bias"]
         eps = self.config["norm_eps"]
         gated = torch.zeros_like(hidden)
+        alphas = []
         for c in range(hc):
             key = projected[:, c * size : (c + 1) * size]
             value = projected[:, hc * size :]
@@ -81,7 +83,9 @@ class ReferenceEngram:
             q = h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w["query_norm.weight"][c]
             s = (k * q).sum(-1) / size**0.5
             root = torch.sign(s) * torch.sqrt(torch.clamp(s.abs(), min=1e-6))
-            gated[:, c] = torch.sigmoid(root)[:, None] * value
+            alphas.append(torch.sigmoid(root))
+            gated[:, c] = alphas[-1][:, None] * value
+        self.gates[layer] = torch.stack(alphas).mean(0)
         normed = gated / (gated.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w["conv_norm.weight"]
         flat = normed.flatten(1)
         kernel, dilation = self.config["kernel_size"], self.config["max_ngram_size"]

@@ -55,6 +55,7 @@ class ChatAnswer(Answer):
             "logprobs": {"content": chat_entries(self.spelling, delta.logprobs)} if self.body.logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self.traced(delta),
         }
         if self.body.return_token_ids:
             fields["token_ids"] = list(delta.token_ids)

@@ -42,6 +42,7 @@ class CompletionAnswer(Answer):
             "logprobs": self._logprobs_of(delta) if body.logprobs is not None else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self.traced(delta),
         }
         if body.return_token_ids:
             fields["token_ids"] = list(delta.token_ids)

@@ -86,9 +86,9 @@ def validation_error(error: RequestValidationError) -> RequestError:
     field = str(place[1])
     same = [each for each in errors if each["loc"][1:2] == (field,)]
     messages = list(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in same))
-    if first["type"] in BOUNDS:
-        same[0]["msg"] += f" ({first['type']})"
     text = f"{_path(place[1:]) if len(same) == 1 else field}: {', or '.join(messages)}"
+    if first["type"] in BOUNDS:
+        text += f" ({first['type']})"
     return RequestError(text[:LONGEST_MESSAGE], param=field)
 
 

@@ -90,6 +90,18 @@ soak: $(CAMPAIGNS)
 $(CAMPAIGNS): soak-%: $(VENV)/.dev $(VENV)/.model
 	SOAK_SECONDS=$(SOAK_SECONDS) timeout 1200 $(BIN)/python -m pytest -m soak --timeout 1200 tests/soak/test_$*.py
 
+# Clients of others bring a hundred packages: they get an environment of their own.
+JUDGES := $(VENV)-judges
+soak-judges: $(JUDGES)/.made
+soak-judges: export JUDGES_PYTHON = $(abspath $(JUDGES))/bin/python
+
+$(JUDGES)/.made: pyproject.toml | $(VENV)/.made
+	@$(PYTHON) -m venv --clear $(JUDGES)
+	$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["judges"], sep="\n")' > $(JUDGES)/requirements.txt
+	$(JUDGES)/bin/python -m pip install -r $(JUDGES)/requirements.txt
+	@touch $@
+
 # Each experiment builds what it needs and writes its figures under build/bench/.
 bench: bench-decode bench-memory
 
@@ -102,5 +114,5 @@ bench-memory: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/engram-server bench memory --json build/bench/memory.json
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(JUDGES) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

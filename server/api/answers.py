@@ -168,11 +168,15 @@ class Answer(ABC):
             before = self._before[choice.index] = self._plain_start(choice.index)
         return before + quoted(delta.text) + self._after
 
-    def full_event(self, choices: list[dict[str, Any]], choice: Choice, **more: Any) -> str:
-        """An event with everything that belongs to it; usage is the choice's own so far."""
+    def full_event(
+        self, choices: list[dict[str, Any]], choice: Choice, *, tokens: int | None = None, **more: Any
+    ) -> str:
+        """An event with everything that belongs to it; usage is the choice's own so far, of `tokens` if given."""
         chunk = {**self.head, "object": self.chunk_kind, "choices": choices, **more}
         if self.running_usage:
-            chunk["usage"] = usage(len(choice.prompt.token_ids), choice.tokens, choice.cached_tokens)
+            chunk["usage"] = usage(
+                len(choice.prompt.token_ids), choice.tokens if tokens is None else tokens, choice.cached_tokens
+            )
         elif self.include_usage:
             chunk["usage"] = None
         return event(chunk)

@@ -27,6 +27,8 @@ KINDS = {
 }
 RETRY_AFTER = {"Retry-After": "1"}
 LONGEST_MESSAGE = 400
+# Errors whose pydantic name vLLM's clients look for in the message.
+BOUNDS = frozenset({"less_than_equal", "greater_than_equal"})
 
 
 def error_body(message: str, status: int, *, kind: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def validation_error(error: RequestValidationError) -> RequestError:
     same = [each for each in errors if each["loc"][1:2] == (field,)]
     messages = list(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in same))
     text = f"{_path(place[1:]) if len(same) == 1 else field}: {', or '.join(messages)}"
+    if first["type"] in BOUNDS:
+        text += f" ({first['type']})"
     return RequestError(text[:LONGEST_MESSAGE], param=field)
 
 

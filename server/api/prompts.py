@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.api.sampling import check_ids
-from server.api.schemas import ChatMessage, ChatRequest, CompletionRequest
+from server.api.schemas import ChatMessage, ChatRequest, CompletionRequest, TokenizeRequest
 from server.api.service import Service
 from server.errors import RequestError
 from server.models.chat import render
 
 MOST_PROMPTS = 1024
+# vLLM's clients look for these words.
+NO_PROMPT = "Either prompt or prompt_embeds must be provided and non-empty."
 # Longer texts are tokenised beside the event loop (about 1 ms for this many characters).
 QUICK_TEXT = 4096
 # Of a template's variables, those that are the server's to set.
@@ -31,9 +33,9 @@ class Prompt:
 async def completion_prompts(service: Service, request: CompletionRequest) -> list[Prompt]:
     """One prompt per text or list of ids. Raises RequestError for empty ones and for those beyond the context."""
     given = request.prompt
+    if given is None or given == []:
+        raise RequestError(NO_PROMPT, param="prompt")
     prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-    if not prompts:
-        raise RequestError("prompt or prompt_embeds must be non-empty: the list has no prompt", param="prompt")
     if len(prompts) > MOST_PROMPTS:
         raise RequestError(f"prompt has {len(prompts)} prompts and the limit is {MOST_PROMPTS}", param="prompt")
     return [await _prompt(service, each, request.add_special_tokens is not False) for each in prompts]
@@ -49,6 +51,18 @@ async def _prompt(service: Service, given: str | list[int], add_special_tokens: 
 
 async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
     """The conversation through the model's template; `text` is the final message if the answer continues it."""
+    text, final = conversation_text(service, request, request.messages)
+    ids = await encode(service, text, bool(request.add_special_tokens), "messages")
+    return Prompt(check_length(service, ids, "messages"), final)
+
+
+def conversation_text(
+    service: Service,
+    request: ChatRequest | TokenizeRequest,
+    given: list[ChatMessage],
+    tools: list[dict[str, Any]] | None = None,
+) -> tuple[str, str]:
+    """The conversation as the model's text, and of it the final message's if the answer continues that."""
     if (
         request.continue_final_message
         and request.add_generation_prompt
@@ -57,9 +71,9 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
         raise RequestError(
             "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
         )
-    messages = message_dicts(request.messages)
+    messages = message_dicts(given)
     generate = request.add_generation_prompt is not False and not request.continue_final_message
-    text = conversation(service, messages, generate, request.chat_template_kwargs or {})
+    text = conversation(service, messages, generate, request.chat_template_kwargs or {}, tools)
     final = ""
     if request.continue_final_message:
         final = str(messages[-1].get("content") or "").strip()
@@ -68,12 +82,15 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
                 "continue_final_message needs a last message whose text the chat template keeps", param="messages"
             )
         text = text[: text.rindex(final) + len(final)]
-    ids = await encode(service, text, bool(request.add_special_tokens), "messages")
-    return Prompt(check_length(service, ids, "messages"), final)
+    return text, final
 
 
 def conversation(
-    service: Service, messages: list[dict[str, Any]], add_generation_prompt: bool, options: Mapping[str, Any]
+    service: Service,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    options: Mapping[str, Any],
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """A conversation as the model's text. Raises RequestError if the model has no template or it refuses."""
     template = service.source.chat_template
@@ -86,6 +103,7 @@ def conversation(
             f"chat_template_kwargs must not name {', '.join(sorted(reserved))}", param="chat_template_kwargs"
         )
     special = service.source.special_tokens
+    options = options if tools is None else {**options, "tools": tools}
     return render(template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special, **options)
 
 

@@ -119,6 +119,7 @@ class CompletionChoice(Reply):
     stop_reason: str | int | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: None = None
     memory_trace: MemoryTrace | None = None
 
 
@@ -170,6 +171,7 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: None = None
     memory: MemoryReport | None = None
 
 

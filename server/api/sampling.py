@@ -9,6 +9,7 @@ from server.runtime.messages import SamplingParams
 
 # Below this, dividing logits by the temperature overflows before it changes anything: it is greedy.
 COLDEST = 1e-4
+MOST_NAMED = 5
 
 
 def sampling_params(
@@ -65,17 +66,21 @@ def check_ids(token_ids: list[int], vocab_size: int, param: str) -> list[int]:
     for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{param}: token id {token_id} is out of vocabulary; ids go from 0 to {vocab_size - 1}", param=param
+                f"{param}: token id {token_id} is out of vocabulary; it has {vocab_size} tokens, 0 to {vocab_size - 1}",
+                param=param,
             )
     return token_ids
 
 
 def _biases(request: SamplingFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    biases = {}
-    for key, bias in (request.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise RequestError("logit_bias: keys must be token ids, written as numbers", param="logit_bias")
-        biases[int(key)] = bias
+    given = request.logit_bias or {}
+    wrong = [key for key in given if not (key.isascii() and key.isdigit() and len(key) < 10)]
+    if wrong:
+        named = ", ".join(repr(key[:40]) for key in wrong[:MOST_NAMED])
+        raise RequestError(
+            f"logit_bias: keys must be token ids, written as numbers; these are none: {named}", param="logit_bias"
+        )
+    biases = {int(key): bias for key, bias in given.items()}
     check_ids(list(biases), vocab_size, "logit_bias")
     return tuple(biases.items())
 

@@ -135,7 +135,7 @@ class SamplingFields(Wire):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[Int] | list[str] | list[list[Int]] = Field(description="texts, or token ids")
+    prompt: str | list[Int] | list[str] | list[list[Int]] | None = Field(None, description="texts, or token ids")
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Count | None = Field(None, description="alternatives per token, up to --max-logprobs")
@@ -173,6 +173,9 @@ class TokenizeRequest(Wire):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True
+    continue_final_message: bool | None = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, description="what the template shall tell the model of")
     return_token_strs: bool | None = False
 
 

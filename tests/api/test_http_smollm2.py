@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,28 @@ def test_paris_streams_for_the_capital_of_france(server: LiveServer) -> None:
         )
         texts = [chunk.choices[0].text for chunk in chunks]
     assert len(texts) == 4 and texts[0] == " Paris"
+
+
+@pytest.mark.slow
+def test_a_schema_shapes_what_the_model_knows(server: LiveServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"country": {"const": "France"}, "capital": {"type": "string", "maxLength": 12}},
+        "required": ["country", "capital"],
+        "additionalProperties": False,
+    }
+    named = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}}
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="unused") as client:
+        answer = client.chat.completions.create(
+            model="smollm2-135m",
+            messages=[{"role": "user", "content": "What is the capital of France? Answer with JSON."}],
+            response_format=named,  # type: ignore[arg-type]
+            temperature=0,
+            max_tokens=60,
+        )
+    said = json.loads(answer.choices[0].message.content or "")
+    assert said["country"] == "France" and "Paris" in said["capital"]
+    assert answer.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class ChatAnswer(Answer):
             "stop_reason": None,
         }
         ids = {"prompt_token_ids": list(delta.choice.prompt.token_ids)} if self.body.return_token_ids else {}
-        return self.full_event([choice], delta.choice, **ids)
+        return self.full_event([choice], delta.choice, tokens=0, **ids)
 
     def choice(self, delta: Delta, *, streamed: bool) -> dict[str, Any]:
         choice = delta.choice
@@ -59,12 +59,13 @@ class ChatAnswer(Answer):
         }
         if self.body.return_token_ids:
             fields["token_ids"] = list(delta.token_ids)
+        elif not streamed:
+            fields["token_ids"] = None
         return fields
 
     def extra(self, generation: Generation) -> dict[str, Any]:
-        if not self.body.return_token_ids:
-            return {}
-        return {"prompt_token_ids": list(generation.choices[0].prompt.token_ids)}
+        ids = list(generation.choices[0].prompt.token_ids) if self.body.return_token_ids else None
+        return {"prompt_token_ids": ids, "prompt_logprobs": None}
 
 
 def routes(service: Service) -> APIRouter:

@@ -17,6 +17,9 @@ from server.api.service import Service
 from server.api.sse import begun, unless_gone
 from server.runtime.messages import SamplingParams
 
+# vLLM's clients read these as attributes, asked for or not.
+NOT_ASKED_FOR = {"token_ids": None, "prompt_token_ids": None, "prompt_logprobs": None}
+
 
 class CompletionAnswer(Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -44,6 +47,8 @@ class CompletionAnswer(Answer):
             "stop_reason": choice.stop_reason,
             **self.traced(delta),
         }
+        if not streamed:
+            fields |= NOT_ASKED_FOR
         if body.return_token_ids:
             fields["token_ids"] = list(delta.token_ids)
             if delta.first is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from server.api.prompts import conversation, encode, message_dicts
+from server.api.prompts import conversation_text, encode
 from server.api.replies import ERRORS, JSONReply, Text, TokenizerInfo, Tokens
 from server.api.sampling import check_ids
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
@@ -22,8 +22,7 @@ def routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt, a text, or messages, a conversation", param="prompt")
         if body.messages is not None:
-            generate = body.add_generation_prompt is not False
-            text = conversation(service, message_dicts(body.messages), generate, {})
+            text, _ = conversation_text(service, body, body.messages, body.tools)
             ids = await encode(service, text, bool(body.add_special_tokens), "messages")
         else:
             ids = await encode(service, body.prompt or "", body.add_special_tokens is not False, "prompt")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from server.api.auth import Caller
+from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
@@ -26,10 +28,12 @@ class Service:
     source: ModelSource
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    admission: Admission = field(init=False)
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.admission = Admission(self.settings, self.metrics)
         self.pieces = Pieces(self.source.tokenizer)
         vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.longest_piece = COMPOSITION * max(map(len, vocabulary))
@@ -58,11 +62,19 @@ class Service:
             )
         return name, () if memory is not None and not memory.enabled else models[name]
 
+    def check_open(self, caller: Caller) -> None:
+        """Raises NotReady or QueueFull if a request that generates would be refused whatever it asks for."""
+        self._check_alive()
+        self.admission.check(caller)
+
     def check_ready(self) -> None:
-        """Raises NotReady unless new requests can be served."""
+        """Raises NotReady unless all that is served can be: the engine takes requests, every table is readable."""
+        self._check_alive()
+        if self.client.stats.table_fault is not None:
+            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")
+
+    def _check_alive(self) -> None:
         if not self.client.alive:
             raise NotReady("the engine is gone; restart the server")
         if self.client.draining:
             raise NotReady("the server is draining and takes no new requests")
-        if self.client.stats.table_fault is not None:
-            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")

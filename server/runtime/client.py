@@ -16,7 +16,17 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from server.errors import EngramError, NotReady, StepFailed
-from server.runtime.messages import Abort, Drain, EngineStats, Failed, Ready, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import (
+    Abort,
+    Drain,
+    EngineStats,
+    Failed,
+    FinishReason,
+    Ready,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+)
 from server.settings import Settings
 
 START_TIMEOUT = 1800.0  # a hub download or a huge checkpoint may take its time; a dead process is noticed at once
@@ -75,13 +85,15 @@ class EngineClient:
             if len(finished) < submit.n:
                 self.abort(submit.request_id)
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its children, wherever it is; its stream sees finish_reason "abort"."""
+    def abort(self, request_id: str, index: int | None = None, *, error: EngramError | None = None) -> None:
+        """Ends a request, or one of its children, wherever it is; its stream ends with "abort", or raises `error`."""
         if self.alive:
             self._outbox.put(Abort(((request_id, index),)))
         stream = self._streams.get(request_id)
         if stream is not None:
-            stream.put_nowait(TokenOutput(request_id, -1 if index is None else index, (), finish_reason="abort"))
+            reason: FinishReason = "abort" if error is None else "error"
+            child = -1 if index is None else index
+            stream.put_nowait(TokenOutput(request_id, child, (), finish_reason=reason, error=error))
 
     async def drain(self, seconds: float) -> None:
         """Takes no new requests, waits for the running ones at most `seconds`, then ends the engine."""

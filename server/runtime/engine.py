@@ -56,8 +56,9 @@ class Engine:
         """Queues a request. Raises RequestError, QueueFull or NotReady; nothing changes then."""
         if self.draining:
             raise NotReady("the server is draining and takes no new requests")
-        if len(self.scheduler.waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting, as many as --max-waiting allows")
+        waiting = len(self.scheduler.waiting) + len(self.scheduler.running) - self.scheduler.max_num_seqs
+        if waiting >= self.max_waiting:
+            raise QueueFull(f"{waiting} requests are waiting, as many as --max-waiting allows")
         self._check(request)
         view = self.view(request.packs, request.salt, request.redirects)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from server.errors import EngramError
+from server.logs import configure
 from server.runtime.blocks import BlockPool
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, describe, load
@@ -137,7 +138,7 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+        configure(settings, "engine")
     try:
         loaded = load(settings)
         engine = build_engine(settings, loaded)

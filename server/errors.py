@@ -15,6 +15,7 @@
     │   ├── Unauthorized            no key, or a wrong one                                HTTP 401
     │   ├── Forbidden               the key may not do this                               HTTP 403
     │   ├── SlowClient              the request did not arrive in time                    HTTP 408
+    │   ├── NotFound                a thing that is not here                              HTTP 404
     │   ├── Conflict                not as things stand now                               HTTP 409
     │   └── QueueFull               above the queue's bound, or the key's own             HTTP 429
     ├── NotReady                    loading, draining, or the engine is gone              HTTP 503
@@ -107,6 +108,11 @@ class Forbidden(RequestError):
 class SlowClient(RequestError):
     status = 408
     kind = "RequestTimeoutError"
+
+
+class NotFound(RequestError):
+    status = 404
+    kind = "NotFoundError"
 
 
 class Conflict(RequestError):

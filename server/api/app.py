@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from server.api import errors
 from server.api.auth import Auth, Keys
 from server.api.middleware import BodyLimit, Edge
-from server.api.routes import chat, completions, models, operations, tokens
+from server.api.routes import chat, completions, memory, models, operations, tokens
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.models.source import ModelSource
@@ -37,7 +37,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
         version=operations.installed_version(),
     )
     app.state.service = service
-    for module in (completions, chat, models, tokens, operations):
+    for module in (completions, chat, models, tokens, memory, operations):
         app.include_router(module.routes(service))
     errors.install(app)
 

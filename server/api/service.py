@@ -13,6 +13,7 @@ from server.errors import NotReady, UnknownModelName
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Pieces
+from server.runtime.names import model_of
 from server.settings import Settings
 
 # Normalisers may shorten a text before it is cut into tokens: Hangul letters compose three to one.
@@ -54,13 +55,15 @@ class Service:
 
     def model(self, asked: str | None, memory: MemoryChoice | None = None) -> tuple[str, tuple[str, ...]]:
         """A served name and the memories that a request under it reads. Raises UnknownModelName."""
-        models = dict(self.client.ready.models)
+        ready = self.client.ready
         name = asked or self.name
-        if name not in models:
+        packs = model_of(name, ready.name, ready.packs, ready.fixed)
+        if packs is None:
+            served = ", ".join(served for served, _ in ready.models)
             raise UnknownModelName(
-                f"the model {name[:200]!r} does not exist here; this server has {', '.join(models)}", param="model"
+                f"the model {name[:200]!r} does not exist here; this server has {served}", param="model"
             )
-        return name, () if memory is not None and not memory.enabled else models[name]
+        return name, () if memory is not None and not memory.enabled else packs
 
     def check_open(self, caller: Caller) -> None:
         """Raises NotReady or QueueFull if a request that generates would be refused whatever it asks for."""

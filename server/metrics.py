@@ -54,6 +54,13 @@ UNKNOWN_FIELDS = Series(
     "engram_request_unknown_fields_total", "counter", "Request fields that this server does not know and ignored."
 )
 
+REFUSED = Series(
+    "engram_requests_refused_total",
+    "counter",
+    "Requests refused without being looked at: no key, a full queue, a key's own limit.",
+    ("reason",),
+)
+
 TTFT = Series(
     "engram_time_to_first_token_seconds",
     "histogram",

@@ -52,6 +52,7 @@ class RequestMetrics:
         self.prompt_tokens = self.generation_tokens = self.unknown_fields = 0
         reasons: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
         self.finished: Counter[FinishReason] = Counter(dict.fromkeys(reasons, 0))
+        self.refused: Counter[str] = Counter(dict.fromkeys(("unauthorized", "requests", "tokens", "concurrency"), 0))
 
     def families(self, model: str) -> Iterator[Metric]:
         for series, observations in (
@@ -67,6 +68,7 @@ class RequestMetrics:
         yield _family(metrics.PROMPT_TOKENS, model, {(): self.prompt_tokens})
         yield _family(metrics.GENERATION_TOKENS, model, {(): self.generation_tokens})
         yield _family(metrics.UNKNOWN_FIELDS, model, {(): self.unknown_fields})
+        yield _family(metrics.REFUSED, model, {(reason,): count for reason, count in self.refused.items()})
         yield _family(metrics.SUCCESS, model, {(reason,): count for reason, count in self.finished.items()})
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from server.api.auth import Caller
+from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Pieces
+from server.runtime.names import model_of
 from server.settings import Settings
 
 # Normalisers may shorten a text before it is cut into tokens: Hangul letters compose three to one.
@@ -26,10 +29,12 @@ class Service:
     source: ModelSource
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    admission: Admission = field(init=False)
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.admission = Admission(self.settings, self.metrics)
         self.pieces = Pieces(self.source.tokenizer)
         vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.longest_piece = COMPOSITION * max(map(len, vocabulary))
@@ -50,24 +55,30 @@ class Service:
 
     def model(self, asked: str | None, memory: MemoryChoice | None = None) -> tuple[str, tuple[str, ...]]:
         """A served name and the memories that a request under it reads. Raises UnknownModelName."""
-        models = dict(self.client.ready.models)
+        ready = self.client.ready
         name = asked or self.name
-        if name not in models:
+        packs = model_of(name, ready.name, ready.packs, ready.fixed)
+        if packs is None:
+            served = ", ".join(served for served, _ in ready.models)
             raise UnknownModelName(
-                f"the model {name[:200]!r} does not exist here; this server has {', '.join(models)}", param="model"
+                f"the model {name[:200]!r} does not exist here; this server has {served}", param="model"
             )
-        return name, () if memory is not None and not memory.enabled else models[name]
+        return name, () if memory is not None and not memory.enabled else packs
 
-    def check_serving(self) -> None:
-        """Raises NotReady unless the engine takes requests; one that reads a broken memory it refuses itself."""
+    def check_open(self, caller: Caller) -> None:
+        """Raises NotReady or QueueFull if a request that generates would be refused whatever it asks for."""
+        self._check_alive()
+        self.admission.check(caller)
+
+    def check_ready(self) -> None:
+        """Raises NotReady unless all that is served can be: the engine takes requests, every table is readable."""
+        self._check_alive()
+        if self.client.stats.table_fault is not None:
+            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")
+
+    def _check_alive(self) -> None:
         if not self.client.alive:
             why = f" ({self.client.ended})" if self.client.ended else ""
             raise NotReady(f"the engine is gone{why}; restart the server")
         if self.client.draining:
             raise NotReady("the server is draining and takes no new requests")
-
-    def check_ready(self) -> None:
-        """Raises NotReady unless every request can be served."""
-        self.check_serving()
-        if self.client.stats.table_fault is not None:
-            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")

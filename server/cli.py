@@ -218,6 +218,38 @@ def inspect(
     inspect(path=path, json=json, verify=verify)
 
 
+@app.command()
+def train(
+    model: ModelArgument,
+    memory: Annotated[Path, typer.Option(help="pack to start from, as attach makes it")],
+    data: Annotated[Path, typer.Option(help='what to teach: JSONL of {"prompt", "completion"}, or a text')],
+    out: Annotated[Path, typer.Option(help="folder of the taught pack; run again, the command goes on")],
+    retain: Annotated[Path | None, typer.Option(help="text that the memory learns to stay silent on")] = None,
+    general: Annotated[Path | None, typer.Option(help="other text to measure that on; never learnt")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="times that the data is read")] = 12,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of data per step")] = 768,
+    lr: Annotated[float, typer.Option(min=0.0, help="of the projections; rows learn at five times this")] = 3e-3,
+    retain_weight: Annotated[float, typer.Option(min=0.0, help="how much silence counts beside the data")] = 100.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the order of the data and all that is drawn")] = 0,
+    row_type: Annotated[
+        str, typer.Option(help="type of the rows written; auto: the pack's", metavar=ROW_TYPES)
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help=FIELDS["dtype"].metadata["help"], metavar=DTYPES)] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help=FIELDS["device"].metadata["help"], metavar="|".join(FIELDS["device"].metadata["choices"])),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help=FIELDS["threads"].metadata["help"])] = 0,
+) -> None:
+    """Teach a memory: the backbone stays as it is, only rows and projections learn. Interrupted, it saves."""
+    from server.training.loop import Recipe
+    from server.training.run import Job, train
+
+    recipe = Recipe(epochs, batch_tokens, lr, retain_weight=retain_weight, seed=seed)
+    train(Job(model, memory, data, out, retain, general, row_type, dtype, device, threads, recipe))
+    typer.echo(f"wrote {out}")
+
+
 @bench.command()
 def decode(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,

@@ -250,6 +250,23 @@ def train(
     typer.echo(f"wrote {out}")
 
 
+@app.command("eval")
+def evaluate(
+    model: ModelArgument = DEFAULT_MODEL,
+    memory: Annotated[Path | None, typer.Option(help="pack to measure; default: the one that ships")] = None,
+    json: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="draw how gates open to this PNG")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="ask only the first so many facts; 0: all")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help=FIELDS["threads"].metadata["help"])] = 0,
+) -> None:
+    """Measure a memory through the engine: facts it gives back, general text it disturbs, what opens its gates."""
+    from server.commands.evaluate import evaluate, shipped
+    from server.settings import Settings
+
+    settings = Settings(model=model, memory=(str(memory or shipped()),), threads=threads, prefix_cache="off")
+    evaluate(settings, limit=limit, json=json, plot=plot)
+
+
 @bench.command()
 def decode(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
@@ -272,6 +289,19 @@ def memory(
     from server.bench.memory import run
 
     run(model=model, turns=turns, json=json)
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    layers: Annotated[str, typer.Option(help="layers that read the memory, as 1,10")] = "1,10",
+    turns: Annotated[int, typer.Option(min=8, help="steps of each arm")] = 16,
+    json: JsonFile = None,
+) -> None:
+    """A training step beside transformers with hooks, in turns."""
+    from server.bench.train import run
+
+    run(model=model, layers=numbers("--layers", layers), turns=turns, json=json)
 
 
 def main() -> None:

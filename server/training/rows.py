@@ -90,5 +90,6 @@ def decoded(table: RowTable, row_ids: Ints) -> Tensor:
     raw = np.empty((len(row_ids), table.row_bytes), np.uint8)
     table.gather(row_ids, raw)
     values = torch.empty(len(row_ids), table.dim)
-    table.row_type.decode(torch.from_numpy(raw), values)
+    if len(row_ids):
+        table.row_type.decode(torch.from_numpy(raw), values)
     return values

@@ -156,6 +156,7 @@ class Run:
                 self.note(report)
                 if self.trainer.position()[0] != epoch:
                     self.measure()
+                    self.console.print(f"epoch {epoch + 1}: {self.line()}", highlight=False)
                 if signals.caught is not None:
                     self.save()
                     self.console.print(

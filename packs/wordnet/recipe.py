@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FACTS, GENERAL, RETAINED = 2048, 64, 640
+FACTS, GENERAL, RETAINED = 2048, 64, 340
 WORDS_IN_GLOSS = range(3, 9)
 CHARACTERS_IN_ENTRY = range(200, 1201)
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"

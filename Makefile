@@ -2,6 +2,7 @@
 #
 #   make serve [MODEL=…] [MEMORY=…] [PORT=…]     make test      make check     make format
 #   make bench                                   make soak      make docs      make clean
+#   make demo-memory
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,9 +10,8 @@ BIN    := $(VENV)/bin
 
 DEFAULT_MODEL := builtin:smollm2-135m
 MODEL  ?= $(DEFAULT_MODEL)
-# The default model is served with an Engram pack, made on first start: untrained, so that it changes nothing yet, but
-# every token reads its rows from disk. `make serve MEMORY=` serves without.
-DEFAULT_MEMORY := build/memory/engram
+# The default model is served with the memory that ships; `make serve MEMORY=` serves without.
+DEFAULT_MEMORY := packs/wordnet
 MEMORY ?= $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(DEFAULT_MEMORY))
 PORT   ?= 8000
 
@@ -23,7 +23,7 @@ SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs soak bench bench-decode bench-memory clean
+.PHONY: help serve test check format docs soak bench bench-decode bench-memory bench-train demo-memory clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -51,11 +51,7 @@ $(VENV)/.model: | $(VENV)/.made
 
 # -- the two commands -------------------------------------------------------------------------------------------------
 
-$(DEFAULT_MEMORY)/config.json: | $(VENV)/.runtime $(VENV)/.model
-	$(BIN)/engram-server attach $(DEFAULT_MODEL) --out $(DEFAULT_MEMORY)
-
-serve: $(VENV)/.runtime $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(VENV)/.model) \
-       $(if $(filter $(DEFAULT_MEMORY),$(MEMORY)),$(DEFAULT_MEMORY)/config.json)
+serve: $(VENV)/.runtime $(if $(filter $(DEFAULT_MODEL),$(MODEL)),$(VENV)/.model)
 	@exec $(BIN)/engram-server serve --model '$(MODEL)' --port $(PORT) $(if $(MEMORY),--memory '$(MEMORY)')
 
 test: $(VENV)/.dev $(VENV)/.model
@@ -103,7 +99,7 @@ $(JUDGES)/.made: pyproject.toml | $(VENV)/.made
 	@touch $@
 
 # Each experiment builds what it needs and writes its figures under build/bench/.
-bench: bench-decode bench-memory
+bench: bench-decode bench-memory bench-train
 
 bench-decode: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
@@ -112,6 +108,23 @@ bench-decode: $(VENV)/.dev $(VENV)/.model
 bench-memory: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
 	$(BIN)/engram-server bench memory --json build/bench/memory.json
+
+bench-train: $(VENV)/.dev $(VENV)/.model
+	@mkdir -p build/bench
+	$(BIN)/engram-server bench train --json build/bench/train.json
+
+# How packs/wordnet was made, into build/demo/wordnet: from Debian's wordnet-base and dict-gcide; about an hour on two
+# busy cores. Interrupted, the same command goes on.
+DEMO := build/demo
+
+demo-memory: $(VENV)/.dev $(VENV)/.model
+	$(BIN)/python packs/wordnet/recipe.py $(DEMO)
+	@test -d $(DEMO)/fresh || $(BIN)/engram-server attach $(DEFAULT_MODEL) --out $(DEMO)/fresh \
+	  --layers 20,26 --orders 2,3,4,5,6 --heads 1 --dim 16 --rows 108000
+	$(BIN)/engram-server train $(DEFAULT_MODEL) --memory $(DEMO)/fresh --data $(DEMO)/facts.jsonl \
+	  --retain $(DEMO)/retain.txt --general $(DEMO)/general.txt --out $(DEMO)/wordnet \
+	  --epochs 10 --batch-tokens 768 --retain-weight 300 --row-type int8
+	$(BIN)/engram-server eval $(DEFAULT_MODEL) --memory $(DEMO)/wordnet --json $(DEMO)/eval.json --plot $(DEMO)/gates.png
 
 clean:
 	rm -rf $(VENV) $(JUDGES) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

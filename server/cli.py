@@ -265,6 +265,54 @@ def hotlist(
     typer.echo(f"wrote {made.size:,} n-grams to {path}")
 
 
+def train(
+    model: ModelArgument,
+    memory: Annotated[Path, typer.Option(help="pack to start from, as attach makes it")],
+    data: Annotated[Path, typer.Option(help='what to teach: JSONL of {"prompt", "completion"}, or a text')],
+    out: Annotated[Path, typer.Option(help="folder of the taught pack; run again, the command goes on")],
+    retain: Annotated[Path | None, typer.Option(help="text that the memory learns to stay silent on")] = None,
+    general: Annotated[Path | None, typer.Option(help="other text to measure that on; never learnt")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="times that the data is read")] = 12,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of data per step")] = 768,
+    lr: Annotated[float, typer.Option(min=0.0, help="of the projections; rows learn at five times this")] = 3e-3,
+    retain_weight: Annotated[float, typer.Option(min=0.0, help="how much silence counts beside the data")] = 100.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the order of the data and all that is drawn")] = 0,
+    row_type: Annotated[
+        str, typer.Option(help="type of the rows written; auto: the pack's", metavar=ROW_TYPES)
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help=FIELDS["dtype"].metadata["help"], metavar=DTYPES)] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help=FIELDS["device"].metadata["help"], metavar="|".join(FIELDS["device"].metadata["choices"])),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help=FIELDS["threads"].metadata["help"])] = 0,
+) -> None:
+    """Teach a memory: the backbone stays as it is, only rows and projections learn. Interrupted, it saves."""
+    from server.training.loop import Recipe
+    from server.training.run import Job, train
+
+    recipe = Recipe(epochs, batch_tokens, lr, retain_weight=retain_weight, seed=seed)
+    train(Job(model, memory, data, out, retain, general, row_type, dtype, device, threads, recipe))
+    typer.echo(f"wrote {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument = DEFAULT_MODEL,
+    memory: Annotated[Path | None, typer.Option(help="pack to measure; default: the one that ships")] = None,
+    json: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="draw how gates open to this PNG")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="ask only the first so many facts; 0: all")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help=FIELDS["threads"].metadata["help"])] = 0,
+) -> None:
+    """Measure a memory through the engine: facts it gives back, general text it disturbs, what opens its gates."""
+    from server.commands.evaluate import evaluate, shipped
+    from server.settings import Settings
+
+    settings = Settings(model=model, memory=(str(memory or shipped()),), threads=threads, prefix_cache="off")
+    evaluate(settings, limit=limit, json=json, plot=plot)
+
+
 @bench.command()
 def decode(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
@@ -330,6 +378,19 @@ def cache(
     from server.bench.cache import run
 
     run(model=model, json=json)
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    layers: Annotated[str, typer.Option(help="layers that read the memory, as 1,10")] = "1,10",
+    turns: Annotated[int, typer.Option(min=8, help="steps of each arm")] = 16,
+    json: JsonFile = None,
+) -> None:
+    """A training step beside transformers with hooks, in turns."""
+    from server.bench.train import run
+
+    run(model=model, layers=numbers("--layers", layers), turns=turns, json=json)
 
 
 def main() -> None:

@@ -146,17 +146,24 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
         """The last hidden states [T, H], normed, of all tokens of the batch."""
         attention.plan(batch)
-        hidden = F.embedding(batch.token_ids, self.embed).float()
-        if self.embed_scale != 1.0:
-            hidden = hidden.mul_(self.embed_scale)
-        rotations = {k: rotary.at(batch.positions) for k, rotary in self.rotary.items() if isinstance(rotary, Rotary)}
+        hidden, rotations = self.embedded(batch.token_ids), self.rotations(batch.positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
             replaced = memory if memory is not None and layer in memory.up_layers else None
-            hidden = block(hidden, rotations.get(self.config.features.rotary[layer]), attention, replaced)
+            hidden = block(hidden, rotations[layer], attention, replaced)
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """token_ids[T] → the hidden state before layer 0, [T, H] fp32."""
+        hidden = F.embedding(token_ids, self.embed).float()
+        return hidden if self.embed_scale == 1.0 else hidden.mul_(self.embed_scale)
+
+    def rotations(self, positions: Tensor) -> list[Tensor | None]:
+        """For every layer the rotation of positions[T]; None where a layer turns nothing."""
+        turned = {kind: rotary.at(positions) for kind, rotary in self.rotary.items() if isinstance(rotary, Rotary)}
+        return [turned.get(kind) for kind in self.config.features.rotary]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] → [N, V] in fp32."""

@@ -97,7 +97,7 @@ def attach_stem(
 def fitted(
     reader: Reader, rows: dict[int, Tensor], downs: dict[int, Tensor], split: Split, minutes: float, progress: Progress
 ) -> dict[str, Any]:
-    """Fits the rows of all layers in place; what it came to, as perplexity of the text's last part."""
+    """Fits the rows of all layers in place; what it came to, as perplexity of what was held out."""
     dtype, where = reader.loaded.dtype, reader.loaded.device
     told = {"dense": reader.perplexity(split.report, Tables({}), progress, "dense")}
     served = {layer: table.to(where, dtype) for layer, table in rows.items()}
@@ -120,7 +120,7 @@ def fitted(
 
 def report(said: dict[str, Any]) -> Table:
     """What fitting came to."""
-    made = Table(title=f"perplexity over {said['tokens']:,} tokens at the text's end")
+    made = Table(title=f"perplexity over {said['tokens']:,} tokens of the text held out")
     for name in ("rows", "perplexity", "over dense"):
         made.add_column(name, justify="right")
     told = said["perplexity"]

@@ -4,9 +4,9 @@
 
 From the lowest layer up, each with the tables below it in place, so that a layer learns on the inputs it will meet. A
 layer reads the text once, up to itself; what it needs of a place, g and u, is kept. Only rows of tokens that occur are
-touched (sparse Adam, the rate falling along a half cosine over the layer's share of the time). Of the text, the last
-tenth but one chooses the rows that are kept (the best so far, whenever the time is up or SIGINT comes), and the last
-tenth says what came of it, as perplexity.
+touched (sparse Adam, the rate falling along a half cosine over the layer's share of the time). A tenth of the text
+chooses the rows that are kept (the best so far, whenever the time is up or SIGINT comes), and another tenth says what
+came of it, as perplexity.
 
 Shapes: N places, V tokens, H hidden width, F feed-forward width. Knows nothing of files.
 """
@@ -38,8 +38,6 @@ KEPT_BYTES = 1 << 30  # of g and u at once; a longer text is fitted to its begin
 BATCH = 2048  # places a step
 RATE = 0.05  # of the rows' root mean square, at first
 CHECK_EVERY = 20  # steps
-REPORTED, CHOOSING = 0.1, 0.1  # shares of the text
-REPORTED_TOKENS = 8192  # at most
 LEAST_TOKENS = 500
 
 
@@ -49,7 +47,7 @@ class Enough(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The text's tokens in three, in order."""
+    """The text's tokens in three. Of every ten pieces one chooses and one reports, so that all kinds of text do."""
 
     fit: list[list[int]]
     choose: list[list[int]]
@@ -63,10 +61,13 @@ class Split:
                 f"the text has {len(ids)} tokens and --fit needs {LEAST_TOKENS}: a tenth of them chooses between rows, "
                 "a tenth tells what came of it"
             )
-        last = int(len(ids) * (1 - REPORTED)) if held_out else len(ids)
-        middle = int(len(ids) * (1 - REPORTED - CHOOSING)) if held_out else len(ids)
-        parts = ids[:middle], ids[middle:last], ids[last : last + REPORTED_TOKENS]
-        return cls(*([list(part[i : i + piece]) for i in range(0, len(part), piece)] for part in parts))
+        if held_out:
+            piece = min(piece, len(ids) // 20)
+        pieces = [list(ids[i : i + piece]) for i in range(0, len(ids), piece)]
+        if not held_out:
+            return cls(pieces, [], [])
+        fit = [piece for i, piece in enumerate(pieces) if i % 10 < 8]
+        return cls(fit, pieces[8::10], pieces[9::10])
 
 
 class Tables:

@@ -72,7 +72,7 @@ def open_tables(source: Path, memory: Stored | StemConfig) -> Mapping[int, RowTa
         return {layer: RowTable.open(source / table_file(layer)) for layer in memory.layer_ids}
     memory.check_shape()
     memory.check_rows(counting(memory.config.addressing()))
-    return memory.open_tables()
+    return memory.open_tables(source.name)
 
 
 def print_of(source: Path, memory: Stored | StemConfig) -> str:

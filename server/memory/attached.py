@@ -109,7 +109,7 @@ def open_pack(
     modules = {layer: load_modules(stored, layer, form(engram_shape(config), dtype)) for layer in config.layer_ids}
     for module in modules.values():
         module.to(device).eval().requires_grad_(False)
-    return AttachedPack(name, stored.fingerprint, config, addresser, stored.open_tables(), modules)
+    return AttachedPack(name, stored.fingerprint, config, addresser, stored.open_tables(name), modules)
 
 
 def read_memory(folder: Path) -> Stored | StemConfig:

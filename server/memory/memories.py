@@ -67,7 +67,9 @@ class MemoryStep:
 
     @property
     def slow(self) -> bool:
-        """Whether the first fetch took so long that the next step's should start before that step does."""
+        """Whether the first fetch took so long that the next step's should start before that step does, if any may."""
+        if not self.fetches[0].prefetcher.ahead:
+            return False
         return self.fetches[0].done_at - self.fetches[0].issued > HINT_SECONDS
 
     @property

@@ -14,6 +14,12 @@ from server.commands.inspect import summary
 from server.models.source import open_source
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads wait for each other on a busy machine, ten times as long as such small steps take."""
+    monkeypatch.setattr("server.runtime.load.cpu_quota", lambda: 1)
+
+
 def test_the_arms_differ_in_their_memories_and_read_the_texts_tokens(tiny_llama_folder: Path, tmp_path: Path) -> None:
     model = str(tiny_llama_folder)
     stem = random_stem(tmp_path / "stem", open_source(model).config)

@@ -24,6 +24,12 @@ from tests.memory.test_peft import STORED
 WORDS = ("the capital of Cafe is The THE of a b c d e f 1 2 3 is capital café " * 40).split()
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads wait for each other on a busy machine, ten times as long as such small steps take."""
+    monkeypatch.setattr("server.runtime.load.cpu_quota", lambda: 1)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(2)

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import write_table
-from server.commands.fit_stem import Reader, Split, Stopwatch, Tables, fit_layer
+from server.commands.fit_stem import Reader, Split, State, Stopwatch, Tables, fit_layer
 from server.commands.folders import new_folder
 from server.errors import PackError
 from server.memory.pack import StemConfig, table_file
@@ -104,12 +104,12 @@ def fitted(
     told["calibrated"] = reader.perplexity(split.report, Tables(served), progress, "calibrated")
     clock = Stopwatch(minutes)
     with clock.watching():
-        served, steps = {}, 0
+        served, steps, states = {}, 0, (State(), State())
         for done, layer in enumerate(sorted(rows)):
             if not clock.over:
                 until = clock.share(len(rows) - done)
                 rows[layer], taken = fit_layer(
-                    reader, served, layer, rows[layer], downs[layer], split, clock, until, progress
+                    reader, served, layer, rows[layer], downs[layer], split, states, clock, until, progress
                 )
                 steps += taken
             served[layer] = rows[layer].to(where, dtype)

@@ -2,8 +2,9 @@
 
     loss = mean over the text's places of | W_d (g · (U[t] − u)) |²        g = silu(W_g x), u = W_u x of that place
 
-From the lowest layer up, each with the tables below it in place, so that a layer learns on the inputs it will meet. A
-layer reads the text once, up to itself; what it needs of a place, g and u, is kept. Only rows of tokens that occur are
+From the lowest layer up, each with the tables below it in place, so that a layer learns on the inputs it will meet. The
+text goes through the model once in all: up to a layer, whose g and u are kept while it is fitted, and on from there
+with the fitted table. Only rows of tokens that occur are
 touched (sparse Adam, the rate falling along a half cosine over the layer's share of the time). A tenth of the text
 chooses the rows that are kept (the best so far, whenever the time is up or SIGINT comes), and another tenth says what
 came of it, as perplexity.
@@ -17,8 +18,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import cast
 
@@ -94,7 +95,7 @@ class Watch(Tables):
     def __init__(self, rows: dict[int, Tensor], layer: int) -> None:
         super().__init__(rows)
         self.layer = layer
-        self.gate, self.dense = torch.zeros(0), torch.zeros(0)
+        self.gate, self.dense, self.hidden = torch.zeros(0), torch.zeros(0), torch.zeros(0)
 
     @property
     def up_layers(self) -> frozenset[int]:
@@ -107,10 +108,22 @@ class Watch(Tables):
         self.dense = dense.clone()
         return torch.ones_like(dense)
 
-    def hook(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Before the down-projection of the layer."""
+    def arrive(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Before the layer."""
+        self.hidden = arguments[0].clone()
+
+    def leave(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Before the layer's down-projection, which has the gate's values now."""
         self.gate = arguments[0].clone()
         raise Enough
+
+
+@dataclass(slots=True)
+class State:
+    """How far the pieces of a text have come: hidden[n, H] of each, before `layer`; nothing before layer 0."""
+
+    layer: int = 0
+    hidden: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,28 +189,42 @@ class Reader:
         return math.exp(total / max(count, 1))
 
     @torch.no_grad()
-    def places(self, pieces: Sequence[Sequence[int]], watch: Watch, progress: Progress, what: str) -> Places:
-        """What the layer sees of the text, until KEPT_BYTES are full."""
-        block = cast(Block, self.loaded.model.blocks[watch.layer])
-        handle = block.down.register_forward_pre_hook(watch.hook)
-        tokens: list[Tensor] = []
-        gates: list[Tensor] = []
-        denses: list[Tensor] = []
+    def places(self, pieces: Sequence[Sequence[int]], watch: Watch, state: State, progress: Progress) -> Places:
+        """What the layer sees of the text, until KEPT_BYTES are full. `state` comes to stand before the layer."""
+        blocks = [cast(Block, block) for block in self.loaded.model.blocks]
+        handles = [
+            blocks[watch.layer].register_forward_pre_hook(watch.arrive),
+            blocks[watch.layer].down.register_forward_pre_hook(watch.leave),
+        ]
+        found: list[Places] = []
+        states: list[Tensor] = []
         kept = 0
         try:
-            for ids in progress.track(pieces, description=f"layer {watch.layer}: reading {what}"):
-                try:
+            for index, ids in enumerate(progress.track(pieces, description=f"layer {watch.layer}: reading")):
+                with suppress(Enough), resumed(blocks[: state.layer], state.hidden[index] if state.layer else None):
                     self.read(ids, watch)
-                except Enough:
-                    tokens.append(watch.tokens)
-                    gates.append(watch.gate)
-                    denses.append(watch.dense)
-                    kept += watch.gate.nbytes + watch.dense.nbytes
+                found.append(Places(watch.tokens, watch.gate, watch.dense))
+                states.append(watch.hidden)
+                kept += watch.gate.nbytes + watch.dense.nbytes
                 if kept >= KEPT_BYTES:
                     break
         finally:
-            handle.remove()
-        return Places(torch.cat(tokens), torch.cat(gates), torch.cat(denses))
+            for handle in handles:
+                handle.remove()
+        state.layer, state.hidden = watch.layer, states
+        return Places(*(torch.cat([getattr(part, name) for part in found]) for name in ("tokens", "gate", "dense")))
+
+
+@contextmanager
+def resumed(passed: Sequence[Block], hidden: Tensor | None) -> Iterator[None]:
+    """Within the block, the model begins behind the blocks `passed`, with this hidden state."""
+    for block in passed:
+        block.forward = lambda state, *rest: state if hidden is None else hidden.clone()  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in passed:
+            del block.forward
 
 
 class Stopwatch:
@@ -237,17 +264,20 @@ def fit_layer(
     start: Tensor,
     down: Tensor,
     split: Split,
+    states: tuple[State, State],
     clock: Stopwatch,
     until: float,
     progress: Progress,
 ) -> tuple[Tensor, int]:
     """start[V, F] fp32 → the best rows found by the moment `until`, and the steps taken.
 
-    `below`: the tables of lower layers; `down` [H, F] fp32.
+    `below`: the tables of lower layers; `down` [H, F] fp32; `states`: of the text that is fitted and that chooses.
     """
     watch = Watch(below, layer)
-    fit = reader.places(split.fit, watch, progress, "what to fit")
-    choose = reader.places(split.choose, watch, progress, "what chooses")
+    fit, choose = (
+        reader.places(pieces, watch, state, progress)
+        for pieces, state in zip((split.fit, split.choose), states, strict=True)
+    )
     task = progress.add_task(f"layer {layer}: fitting", total=1.0)
 
     def show(passed: float, error: float) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from server.cli import app
 from server.commands import fit_stem
 from server.commands.attach_stem import attach_stem
 from server.commands.fit_stem import Places, Split, Stopwatch, Watch, fit_rows
 from server.errors import PackError
+from server.runtime.load import load
 from tests.engines import settings_for
 from tests.memory.test_pack_commands import all_rows
 from tests.memory.test_peft import STORED
@@ -87,26 +89,29 @@ def test_no_time_leaves_the_calibrated_rows() -> None:
     assert steps == 0 and torch.equal(rows, truth + 1)
 
 
-def test_the_text_is_read_up_to_the_layer_and_what_it_gives_is_the_blocks(tmp_path: Path) -> None:
-    """gate · up through the down-projection is what the feed-forward block adds."""
-    from rich.progress import Progress
-
-    from server.runtime.load import load
-
+def test_the_text_goes_through_once_and_gives_what_the_blocks_add() -> None:
+    """gate · up through the down-projection is what a feed-forward block adds; also from a layer on, after another."""
     loaded = load(settings_for(str(STORED / "model"), max_model_len=64))
-    reader = fit_stem.Reader(loaded, 16)
-    pieces, added = [[5, 9, 40, 41, 9], [7, 7, 3]], []
-    down = loaded.model.blocks[2].down
-    handle = down.register_forward_hook(lambda module, args, out: added.append(out.clone()))
-    with torch.no_grad():
-        for piece in pieces:
-            reader.read(piece, fit_stem.Tables({}))
+    reader, state = fit_stem.Reader(loaded, 16), fit_stem.State()
+    pieces = [[5, 9, 40, 41, 9], [7, 7, 3]]
+    rows = torch.randn(129, 40, generator=torch.Generator().manual_seed(1))
+    passes: list[int] = []
+    handle = loaded.model.blocks[0].qkv.register_forward_hook(lambda *args: passes.append(0))
+    for layer, below in ((1, {}), (3, {1: rows})):
+        added: list[torch.Tensor] = []
+        down = loaded.model.blocks[layer].down
+        with Progress(disable=True) as progress:
+            found = reader.places(pieces, Watch(below, layer), state, progress)
+        assert len(passes) == 2 * (layer == 1)  # the second time nothing below layer 1 is computed again
+        assert found.tokens.tolist() == [5, 9, 40, 41, 9, 7, 7, 3]
+        watched = down.register_forward_hook(lambda module, args, out, to=added: to.append(out.clone()))
+        with torch.no_grad():
+            for piece in pieces:
+                reader.read(piece, fit_stem.Tables(below))
+            watched.remove()
+            assert torch.allclose(down(found.gate * found.dense), torch.cat(added), atol=1e-5)  # fp32, same sums
+        passes.clear()
     handle.remove()
-    with Progress(disable=True) as progress:
-        found = reader.places(pieces, Watch({}, 2), progress, "it")
-    assert found.tokens.tolist() == [5, 9, 40, 41, 9, 7, 7, 3]
-    with torch.no_grad():
-        assert torch.allclose(down(found.gate * found.dense), torch.cat(added), atol=1e-5)  # fp32, same sums
 
 
 def test_fitting_is_reported_and_stored(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from rich.progress import Progress
 from server.cli import app
 from server.commands import fit_stem
 from server.commands.attach_stem import attach_stem
-from server.commands.fit_stem import Places, Split, Stopwatch, Watch, fit_rows
+from server.commands.fit_stem import Stopwatch, fit_rows
+from server.commands.stem_text import Places, Reader, Split, State, Tables, Watch
 from server.errors import PackError
 from server.runtime.load import load
 from tests.engines import settings_for
@@ -67,7 +68,7 @@ def test_fitted_rows_come_to_those_that_leave_no_error_and_others_stay() -> None
     heard: list[float] = []
     given = start.clone()
     fit, choose = places(truth, 300, 1), places(truth, 60, 2)
-    rows, steps = fit_rows(given, fit, choose, down, Ticks(), 1500, lambda passed, error: heard.append(error))
+    rows, steps = fit_rows(given, fit, choose, down, Ticks(), 800, lambda passed, error: heard.append(error))
     assert torch.allclose(rows[:10], truth[:10], atol=0.02)  # of a start 0.5 away; Adam's last steps are this small
     assert torch.equal(rows[10:], start[10:]) and torch.equal(given, start)
     assert steps > 0 and heard == sorted(heard, reverse=True) and heard[-1] < 0.01
@@ -92,7 +93,7 @@ def test_no_time_leaves_the_calibrated_rows() -> None:
 def test_the_text_goes_through_once_and_gives_what_the_blocks_add() -> None:
     """gate · up through the down-projection is what a feed-forward block adds; also from a layer on, after another."""
     loaded = load(settings_for(str(STORED / "model"), max_model_len=64))
-    reader, state = fit_stem.Reader(loaded, 16), fit_stem.State()
+    reader, state = Reader(loaded, 16), State()
     pieces = [[5, 9, 40, 41, 9], [7, 7, 3]]
     rows = torch.randn(129, 40, generator=torch.Generator().manual_seed(1))
     passes: list[int] = []
@@ -107,7 +108,7 @@ def test_the_text_goes_through_once_and_gives_what_the_blocks_add() -> None:
         watched = down.register_forward_hook(lambda module, args, out, to=added: to.append(out.clone()))
         with torch.no_grad():
             for piece in pieces:
-                reader.read(piece, fit_stem.Tables(below))
+                reader.read(piece, Tables(below))
             watched.remove()
             assert torch.allclose(down(found.gate * found.dense), torch.cat(added), atol=1e-5)  # fp32, same sums
         passes.clear()

@@ -393,6 +393,18 @@ def bench_train(
     run(model=model, layers=numbers("--layers", layers), turns=turns, json=json)
 
 
+@bench.command("stem")
+def bench_stem(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    turns: Annotated[int, typer.Option(min=16, help="steps of each arm at each number of sequences")] = 160,
+    json: JsonFile = None,
+) -> None:
+    """What STEM rows in place of a third of the up-projections gain a step, and what Engram besides costs."""
+    from server.bench.stem import run
+
+    run(model=model, turns=turns, json=json)
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

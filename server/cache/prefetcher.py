@@ -68,6 +68,11 @@ class Prefetcher:
         if self._worker is not None:
             self._worker.start()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether rows are fetched before a layer waits for them; hints are dropped otherwise."""
+        return self._worker is not None
+
     def begin(self, lookups: Sequence[Lookup]) -> list[Fetch]:
         """Queues a step's lookups, in layer order, and returns at once; hinted ones are joined.
 

@@ -11,8 +11,9 @@ Measured against two simpler rules: docs/stem.md. Shapes: V tokens, H hidden wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import write_table
-from server.commands.fit_stem import Reader, Split, Stopwatch, Tables, fit_layer
+from server.commands.fit_stem import Fitting
 from server.commands.folders import new_folder
+from server.commands.stem_text import Reader, Split, Tables
 from server.errors import PackError
 from server.memory.pack import StemConfig, table_file
 from server.models.config import ModelConfig
@@ -73,64 +75,38 @@ def attach_stem(
     layers = sorted(layers)
     with new_folder(out) as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         ids = source.tokenizer.encode(read_text(calibrate))
-        loaded = load(Settings(model=model, max_num_seqs=1, prefix_cache="off"))
-        reader = Reader(loaded, Settings().block_size)
+        reader = Reader(load(Settings(model=model, max_num_seqs=1, prefix_cache="off")), Settings().block_size)
         split = Split.of(ids, reader.piece, held_out=bool(fit))
         seen = inputs_of(reader, layers, split.fit, progress)
         embedding, ups = weights_of(source, layers)
-        rows = {layer: whole(rows_of(seen, layer, embedding, *ups[layer])) for layer in layers}
-        said: dict[str, Any] = {}
-        if fit:
-            said = fitted(reader, rows, downs_of(source, layers), split, fit, progress)
-        config = stem_config(source, layers, dtype, calibrate, seen, said)
-        task = progress.add_task("rows", total=len(layers) * config.vocab_size)
-        for layer in layers:
-            chunks = track(progress, task, (part.numpy() for part in torch.split(rows[layer], CHUNK)))
-            write_table(folder / table_file(layer), chunks, config.vocab_size, config.intermediate_size, stored)
+        rows = {layer: partial(rows_of, seen, layer, embedding, *ups[layer]) for layer in layers}
+        config = stem_config(source, layers, dtype, calibrate, seen)
+        fitting = Fitting(reader, split, fit, progress) if fit else None
+        size = config.vocab_size, config.intermediate_size
+        with nullcontext() if fitting is None else fitting.begun(rows):
+            for layer, chunks in rows.items():
+                task = progress.add_task(f"layer {layer}: rows", total=config.vocab_size)
+                made = chunks() if fitting is None else fitting.fitted(layer, chunks, down_of(source, layer))
+                write_table(folder / table_file(layer), track(progress, task, made), *size, stored)
+        if fitting is not None:
+            said = fitting.said()
+            config = replace(config, calibration={**config.calibration, "fit": said}, trained_steps=said["steps"])
         config.write(folder)
         (folder / "README.md").write_text(readme(config), encoding="utf-8")
-    if said:
-        Console().print(report(said))
+    if fitting is not None:
+        Console().print(report(config.calibration["fit"]))
     return out
-
-
-def fitted(
-    reader: Reader, rows: dict[int, Tensor], downs: dict[int, Tensor], split: Split, minutes: float, progress: Progress
-) -> dict[str, Any]:
-    """Fits the rows of all layers in place; what it came to, as perplexity of the text's last part."""
-    dtype, where = reader.loaded.dtype, reader.loaded.device
-    told = {"dense": reader.perplexity(split.report, Tables({}), progress, "dense")}
-    served = {layer: table.to(where, dtype) for layer, table in rows.items()}
-    told["calibrated"] = reader.perplexity(split.report, Tables(served), progress, "calibrated")
-    clock = Stopwatch(minutes)
-    with clock.watching():
-        served, steps = {}, 0
-        for done, layer in enumerate(sorted(rows)):
-            if not clock.over:
-                until = clock.share(len(rows) - done)
-                rows[layer], taken = fit_layer(
-                    reader, served, layer, rows[layer], downs[layer], split, clock, until, progress
-                )
-                steps += taken
-            served[layer] = rows[layer].to(where, dtype)
-    told["fitted"] = reader.perplexity(split.report, Tables(served), progress, "fitted")
-    tokens = sum(len(piece) - 1 for piece in split.report)
-    return {"minutes": minutes, "steps": steps, "interrupted": clock.interrupted, "tokens": tokens, "perplexity": told}
 
 
 def report(said: dict[str, Any]) -> Table:
     """What fitting came to."""
-    made = Table(title=f"perplexity over {said['tokens']:,} tokens at the text's end")
+    made = Table(title=f"perplexity over {said['tokens']:,} tokens of the text held out")
     for name in ("rows", "perplexity", "over dense"):
         made.add_column(name, justify="right")
     told = said["perplexity"]
     for name, value in told.items():
         made.add_row(name, f"{value:.2f}", f"{value / told['dense'] - 1:+.1%}")
     return made
-
-
-def whole(chunks: Iterator[Floats]) -> Tensor:
-    return torch.cat([torch.from_numpy(chunk) for chunk in chunks])
 
 
 def check_layers(source: ModelSource, layers: Sequence[int]) -> None:
@@ -198,10 +174,10 @@ def weights_of(source: ModelSource, layers: Sequence[int]) -> tuple[Tensor, dict
     return found[EMBEDDING], ups
 
 
-def downs_of(source: ModelSource, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Each layer's down-projection [H, F] in fp32."""
-    wanted = {f"model.layers.{layer}.mlp.down_proj.weight": layer for layer in layers}
-    return {wanted[name]: tensor.clone() for name, tensor in tensors(source, torch.float32) if name in wanted}
+def down_of(source: ModelSource, layer: int) -> Tensor:
+    """The layer's down-projection [H, F] in fp32."""
+    wanted = f"model.layers.{layer}.mlp.down_proj.weight"
+    return next(tensor.clone() for name, tensor in tensors(source, torch.float32) if name == wanted)
 
 
 def predictor(seen: Inputs, layer: int, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,9 +212,7 @@ def track(progress: Progress, task: Any, chunks: Iterable[Floats]) -> Iterator[F
         progress.advance(task, len(chunk))
 
 
-def stem_config(
-    source: ModelSource, layers: Sequence[int], dtype: str, text: Path, seen: Inputs, fit: dict[str, Any]
-) -> StemConfig:
+def stem_config(source: ModelSource, layers: Sequence[int], dtype: str, text: Path, seen: Inputs) -> StemConfig:
     model = source.config
     return StemConfig(
         layer_ids=tuple(layers),
@@ -253,9 +227,7 @@ def stem_config(
             "distinct": int((seen.counts > 0).sum()),
             "unseen": "predicted from the token's embedding",
             "prior": PRIOR,
-            **({"fit": fit} if fit else {}),
         },
-        trained_steps=fit.get("steps", 0),
     )
 
 

@@ -2,11 +2,11 @@
 
     loss = mean over the text's places of | W_d (g · (U[t] − u)) |²        g = silu(W_g x), u = W_u x of that place
 
-From the lowest layer up, each with the tables below it in place, so that a layer learns on the inputs it will meet. A
-layer reads the text once, up to itself; what it needs of a place, g and u, is kept. Only rows of tokens that occur are
-touched (sparse Adam, the rate falling along a half cosine over the layer's share of the time). Of the text, the last
-tenth but one chooses the rows that are kept (the best so far, whenever the time is up or SIGINT comes), and the last
-tenth says what came of it, as perplexity.
+From the lowest layer up, each with the tables below it in place, so that a layer learns on the inputs it will meet. The
+text goes through the model once in all: up to a layer, whose g and u are kept while it is fitted, and on from there
+with the fitted table. Only rows of tokens that occur are touched (sparse Adam, the rate falling along a half cosine
+over the layer's share of the time). A tenth of the text chooses the rows that are kept (the best so far, whenever the
+time is up or SIGINT comes), and another tenth says what came of it, as perplexity.
 
 Shapes: N places, V tokens, H hidden width, F feed-forward width. Knows nothing of files.
 """
@@ -16,187 +16,22 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
-from typing import cast
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from server.batch import Batch
-from server.errors import PackError
-from server.models.decoder import Block
-from server.runtime.load import Loaded
+from server.cache.row_types import Floats
+from server.commands.stem_text import Places, Reader, Split, State, Tables, Watch
 
-PIECE = 1024  # tokens of context that the text is read in
-KEPT_BYTES = 1 << 30  # of g and u at once; a longer text is fitted to its beginning
+CHUNK = 4096  # rows handed on at once
 BATCH = 2048  # places a step
 RATE = 0.05  # of the rows' root mean square, at first
 CHECK_EVERY = 20  # steps
-REPORTED, CHOOSING = 0.1, 0.1  # shares of the text
-REPORTED_TOKENS = 8192  # at most
-LEAST_TOKENS = 500
-
-
-class Enough(Exception):
-    """Raised within a forward pass when the layer that it was for is through."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The text's tokens in three, in order."""
-
-    fit: list[list[int]]
-    choose: list[list[int]]
-    report: list[list[int]]
-
-    @classmethod
-    def of(cls, ids: Sequence[int], piece: int, *, held_out: bool) -> Split:
-        """`held_out`: whether there are to be the last two. Raises PackError for a text too short for them."""
-        if held_out and len(ids) < LEAST_TOKENS:
-            raise PackError(
-                f"the text has {len(ids)} tokens and --fit needs {LEAST_TOKENS}: a tenth of them chooses between rows, "
-                "a tenth tells what came of it"
-            )
-        last = int(len(ids) * (1 - REPORTED)) if held_out else len(ids)
-        middle = int(len(ids) * (1 - REPORTED - CHOOSING)) if held_out else len(ids)
-        parts = ids[:middle], ids[middle:last], ids[last : last + REPORTED_TOKENS]
-        return cls(*([list(part[i : i + piece]) for i in range(0, len(part), piece)] for part in parts))
-
-
-class Tables:
-    """What the model reads instead of up-projections: a `MemoryStep` over tables that lie in memory."""
-
-    def __init__(self, rows: dict[int, Tensor]) -> None:
-        self.rows, self.tokens = rows, torch.zeros(0, dtype=torch.int64)
-        self.layers: frozenset[int] = frozenset()
-
-    @property
-    def up_layers(self) -> frozenset[int]:
-        return frozenset(self.rows)
-
-    def add(self, layer: int, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def up(self, layer: int, dense: Tensor | None) -> Tensor:
-        return F.embedding(self.tokens, self.rows[layer])
-
-
-class Watch(Tables):
-    """As `Tables` below `layer`; there it keeps the up-projection's values and lets the gate through alone."""
-
-    def __init__(self, rows: dict[int, Tensor], layer: int) -> None:
-        super().__init__(rows)
-        self.layer = layer
-        self.gate, self.dense = torch.zeros(0), torch.zeros(0)
-
-    @property
-    def up_layers(self) -> frozenset[int]:
-        return frozenset(self.rows) | {self.layer}
-
-    def up(self, layer: int, dense: Tensor | None) -> Tensor:
-        if layer != self.layer:
-            return super().up(layer, dense)
-        assert dense is not None
-        self.dense = dense.clone()
-        return torch.ones_like(dense)
-
-    def hook(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Before the down-projection of the layer."""
-        self.gate = arguments[0].clone()
-        raise Enough
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """tokens int64[N]; gate, dense [N, F] in the model's dtype."""
-
-    tokens: Tensor
-    gate: Tensor
-    dense: Tensor
-
-    def loss(self, rows: Tensor, down: Tensor, at: Tensor) -> Tensor:
-        """rows[n, F] of the places `at`[n] → the mean squared error of the block's output, over them."""
-        missing = self.gate[at].float() * (rows - self.dense[at].float())
-        return F.linear(missing, down).pow(2).sum(-1).mean()
-
-
-class Reader:
-    """Reads pieces of text with a loaded model, one after another, each from its own beginning."""
-
-    def __init__(self, loaded: Loaded, block_size: int) -> None:
-        self.loaded, self.block_size = loaded, block_size
-        self.piece = min(PIECE, loaded.max_len, (loaded.kv.blocks - 1) * block_size)
-
-    def batch(self, ids: Sequence[int]) -> Batch:
-        count = len(ids)
-        blocks = np.arange(1, 1 + -(-count // self.block_size))[None]  # block 0 is padding
-        where = self.loaded.device
-        places = np.arange(count)
-        return Batch(
-            token_ids=torch.tensor(ids, device=where),
-            positions=torch.from_numpy(places).to(where),
-            slots=torch.from_numpy(places + self.block_size).to(where),
-            block_table=torch.from_numpy(blocks).to(where),
-            host_blocks=blocks,
-            query_start=np.array([0, count]),
-            context_len=np.array([count]),
-            views=(),
-            view_of=np.zeros(count, np.int64),
-            windows=np.zeros((count, 1), np.int64),
-            blocked=np.zeros((count, 1), bool),
-            sample_at=torch.zeros(0, dtype=torch.int64, device=where),
-            block_size=self.block_size,
-        )
-
-    def read(self, ids: Sequence[int], tables: Tables) -> Tensor:
-        """The last hidden states [N, H]."""
-        batch = self.batch(ids)
-        tables.tokens = batch.token_ids
-        hidden: Tensor = self.loaded.model(batch, self.loaded.attention, tables)
-        return hidden
-
-    @torch.inference_mode()
-    def perplexity(self, pieces: Sequence[Sequence[int]], tables: Tables, progress: Progress, what: str) -> float:
-        """Of every token but each piece's first."""
-        total, count = 0.0, 0
-        for ids in progress.track(pieces, description=f"perplexity, {what}"):
-            hidden = self.read(ids, tables)
-            for first in range(0, len(ids) - 1, 128):
-                wanted = torch.tensor(ids[first + 1 : first + 129], device=hidden.device)
-                scores = self.loaded.model.logits(hidden[first : first + len(wanted)])
-                total += float(F.cross_entropy(scores, wanted, reduction="sum"))
-                count += len(wanted)
-        return math.exp(total / max(count, 1))
-
-    @torch.no_grad()
-    def places(self, pieces: Sequence[Sequence[int]], watch: Watch, progress: Progress, what: str) -> Places:
-        """What the layer sees of the text, until KEPT_BYTES are full."""
-        block = cast(Block, self.loaded.model.blocks[watch.layer])
-        handle = block.down.register_forward_pre_hook(watch.hook)
-        tokens: list[Tensor] = []
-        gates: list[Tensor] = []
-        denses: list[Tensor] = []
-        kept = 0
-        try:
-            for ids in progress.track(pieces, description=f"layer {watch.layer}: reading {what}"):
-                try:
-                    self.read(ids, watch)
-                except Enough:
-                    tokens.append(watch.tokens)
-                    gates.append(watch.gate)
-                    denses.append(watch.dense)
-                    kept += watch.gate.nbytes + watch.dense.nbytes
-                if kept >= KEPT_BYTES:
-                    break
-        finally:
-            handle.remove()
-        return Places(torch.cat(tokens), torch.cat(gates), torch.cat(denses))
 
 
 class Stopwatch:
@@ -229,32 +64,72 @@ class Stopwatch:
             signal.signal(signal.SIGINT, before)
 
 
-def fit_layer(
-    reader: Reader,
-    below: dict[int, Tensor],
-    layer: int,
-    start: Tensor,
-    down: Tensor,
-    split: Split,
-    clock: Stopwatch,
-    until: float,
-    progress: Progress,
-) -> tuple[Tensor, int]:
-    """start[V, F] fp32 → the best rows found by the moment `until`, and the steps taken.
+Rows = Callable[[], Iterator[Floats]]  # a layer's calibrated rows, in chunks float32[n, F], made when called
 
-    `below`: the tables of lower layers; `down` [H, F] fp32.
-    """
-    watch = Watch(below, layer)
-    fit = reader.places(split.fit, watch, progress, "what to fit")
-    choose = reader.places(split.choose, watch, progress, "what chooses")
-    task = progress.add_task(f"layer {layer}: fitting", total=1.0)
 
-    def show(passed: float, error: float) -> None:
-        progress.update(task, completed=passed, description=f"layer {layer}: error {error:.3f} of the calibrated rows'")
+class Fitting:
+    """All layers' rows fitted, one after another; within `begun` an interruption only ends the fitting."""
 
-    found = fit_rows(start.to(fit.gate.device), fit, choose, down.to(fit.gate.device), clock, until, show)
-    progress.remove_task(task)
-    return found[0].cpu(), found[1]
+    def __init__(self, reader: Reader, split: Split, minutes: float, progress: Progress) -> None:
+        self.reader, self.split, self.minutes, self.progress = reader, split, minutes, progress
+        self.served: dict[int, Tensor] = {}  # [V, F] in the model's dtype, of the layers that are done
+        self.states = State(), State()
+        self.clock = Stopwatch(minutes)
+        self.left, self.steps = 0, 0
+        self.perplexity: dict[str, float] = {}
+
+    @contextmanager
+    def begun(self, rows: Mapping[int, Rows]) -> Iterator[None]:
+        self.perplexity["dense"] = self._perplexity("dense")
+        self.served = {layer: self._served(whole(made())) for layer, made in rows.items()}
+        self.perplexity["calibrated"] = self._perplexity("calibrated")
+        self.served, self.left, self.clock = {}, len(rows), Stopwatch(self.minutes)
+        with self.clock.watching():
+            yield
+
+    def fitted(self, layer: int, calibrated: Rows, down: Tensor) -> Iterator[Floats]:
+        """The layer's rows in chunks; to be called for the layers in ascending order. `down` [H, F] fp32."""
+        table = whole(calibrated())
+        if not self.clock.over:
+            until = self.clock.share(self.left)
+            table = self._fit(layer, table, down, until)
+        self.left -= 1
+        self.served[layer] = self._served(table)
+        for part in torch.split(table, CHUNK):
+            yield part.numpy()
+
+    def said(self) -> dict[str, Any]:
+        """What came of it, for config.json and for people."""
+        self.perplexity["fitted"] = self._perplexity("fitted")
+        tokens = sum(len(piece) - 1 for piece in self.split.report)
+        about = {"minutes": self.minutes, "steps": self.steps, "interrupted": self.clock.interrupted}
+        return {**about, "tokens": tokens, "perplexity": self.perplexity}
+
+    def _fit(self, layer: int, start: Tensor, down: Tensor, until: float) -> Tensor:
+        watch = Watch(self.served, layer)
+        parts = zip((self.split.fit, self.split.choose), self.states, strict=True)
+        fit, choose = (self.reader.places(pieces, watch, state, self.progress) for pieces, state in parts)
+        task = self.progress.add_task(f"layer {layer}: fitting", total=1.0)
+
+        def show(passed: float, error: float) -> None:
+            told = f"layer {layer}: error {error:.3f} of the calibrated rows'"
+            self.progress.update(task, completed=passed, description=told)
+
+        where = fit.gate.device
+        rows, steps = fit_rows(start.to(where), fit, choose, down.to(where), self.clock, until, show)
+        self.progress.remove_task(task)
+        self.steps += steps
+        return rows.cpu()
+
+    def _served(self, table: Tensor) -> Tensor:
+        return table.to(self.reader.loaded.device, self.reader.loaded.dtype)
+
+    def _perplexity(self, what: str) -> float:
+        return self.reader.perplexity(self.split.report, Tables(self.served), self.progress, what)
+
+
+def whole(chunks: Iterator[Floats]) -> Tensor:
+    return torch.cat([torch.from_numpy(chunk) for chunk in chunks])
 
 
 def fit_rows(

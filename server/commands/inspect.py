@@ -57,7 +57,7 @@ def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
     return {
         "path": str(path),
         "family": family,
-        **about(config),
+        **about(config, own=isinstance(memory, StemConfig) or not memory.foreign),
         "layers": list(addresser.layer_ids),
         "orders": list(addresser.orders),
         "heads": addresser.heads,
@@ -74,11 +74,12 @@ def stem_layouts(path: Path, config: StemConfig) -> dict[int, Layout]:
     return {layer: find_layout([read_header(path / table_file(layer))], "table") for layer in config.layer_ids}
 
 
-def about(config: PackConfig | StemConfig) -> dict[str, Any]:
-    """What the config says besides shapes; what it does not say is left out."""
-    names = ("vocab_size", "compressed_vocab_size", "compression_sha256", "calibration", "backbone", "trained_steps")
-    said = {name: getattr(config, name, None) for name in ("format_version", *names)}
-    return {name: value for name, value in said.items() if value not in (None, "", {}, 0) or name == "trained_steps"}
+def about(config: PackConfig | StemConfig, *, own: bool) -> dict[str, Any]:
+    """What the config says besides shapes; what it does not say is left out. `own`: it is a pack's."""
+    names = ["vocab_size", "compressed_vocab_size", "compression_sha256", "calibration", "backbone"]
+    said = {name: getattr(config, name, None) for name in (["format_version", *names] if own else names)}
+    steps = {"trained_steps": config.trained_steps} if own else {}
+    return {name: value for name, value in said.items() if value not in (None, "", {}, 0)} | steps
 
 
 def described(layer: int, layout: Layout) -> dict[str, Any]:

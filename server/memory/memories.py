@@ -76,9 +76,9 @@ class MemoryStep:
 
     @property
     def slow(self) -> bool:
-        """Whether the first fetch took so long that the next step's should start before that step does."""
+        """Whether the first fetch took so long that the next step's should start before that step does, if any may."""
         first = next((fetch for fetch in self.fetches if isinstance(fetch, Fetch)), None)
-        return first is not None and first.done_at - first.issued > HINT_SECONDS
+        return first is not None and first.prefetcher.ahead and first.done_at - first.issued > HINT_SECONDS
 
     @property
     def layers(self) -> frozenset[int]:

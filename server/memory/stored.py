@@ -59,7 +59,12 @@ class Stored:
     def check_rows(self, addresser: Addresser) -> None:
         """Raises PackError with both sizes if a table is not as the config says."""
         for layer, layout in self.layouts.items():
-            check_table(layout, addresser.rows_per_table[layer], self.config.head_dim)
+            rows, dim = addresser.rows_per_table[layer], self.config.head_dim
+            if (layout.rows, layout.dim) != (rows, dim):
+                raise PackError(
+                    f"{layout.paths[0]} holds {layout.rows} rows of {layout.dim} values; config.json needs {rows} rows "
+                    f"of {dim}"
+                )
 
     def open_tables(self, name: str, read: ReadMode = "mmap") -> dict[int, RowTable]:
         """The table of every layer, called NAME/LAYER."""
@@ -87,13 +92,6 @@ def read_pack(folder: Path, config: PackConfig) -> Stored:
 def counting(config: Mapping[str, Any]) -> Addresser:
     """An addresser good for row counts, which need neither the compression nor the pad, and so no tokenizer."""
     return from_config({"compressed_vocab_size": 1, **config, "pad_id": 0, "engram_pad_token_id": 0})
-
-
-def check_table(layout: Layout, rows: int, dim: int) -> None:
-    if (layout.rows, layout.dim) != (rows, dim):
-        raise PackError(
-            f"{layout.paths[0]} holds {layout.rows} rows of {layout.dim} values; config.json needs {rows} rows of {dim}"
-        )
 
 
 def read_tensors(headers: Iterable[Header], names: Mapping[str, str]) -> Modules:

@@ -71,6 +71,21 @@ def test_prefetch_off_gives_the_same_bits(engine: Callable[..., Engine], prompt:
     assert torch.equal(logits_of(engine(prefetch="off"), prompt, ("a",)), logits_of(engine(), prompt, ("a",)))
 
 
+@pytest.mark.parametrize("prefetch", ["on", "off"])
+def test_slow_rows_are_hinted_where_hints_are_followed_and_not_hashed_in_vain(
+    engine: Callable[..., Engine], prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, prefetch: str
+) -> None:
+    monkeypatch.setattr("server.memory.memories.HINT_SECONDS", -1.0)  # every fetch counts as slow
+    made = engine(prefetch=prefetch)
+    hinted = []
+    memories = made.runner.memories
+    inner = memories.hint  # type: ignore[union-attr]
+    memories.hint = lambda *args: hinted.append(len(args[0])) or inner(*args)  # type: ignore
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    outputs_of(made, [Submit("x", prompt[:9], params, ("a",))])
+    assert bool(hinted) == (prefetch == "on")
+
+
 def test_two_packs_on_one_layer_add(
     engine: Callable[..., Engine],
     backbone: Any,

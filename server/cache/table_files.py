@@ -155,8 +155,8 @@ class Column:
         for region, _, local in self.split(ids):
             first, last = self._page_range(region, local)
             spans = [first + i for i in range(int((last - first).max(initial=0)) + 1)]
-            pages = np.unique(np.concatenate([np.minimum(span, last) for span in spans]))
-            found.append((self.files[region], pages))
+            pages = np.sort(np.concatenate([np.minimum(span, last) for span in spans]))
+            found.append((self.files[region], pages[np.flatnonzero(np.diff(pages, prepend=-1))]))
         return found
 
 

@@ -112,6 +112,11 @@ def first_token(engine: Engine, prompt: tuple[int, ...]) -> float:
     return time.perf_counter() - begun
 
 
+def stalled(engine: Engine) -> float:
+    """Seconds that layers have waited for rows so far."""
+    return sum(counters.stall_s for counters in engine.stats().memory)
+
+
 def one_round(engine: Engine, prompt: tuple[int, ...], setting: dict[str, Any], seed: int) -> dict[str, float]:
     """One measurement of every arm, in random order."""
     tables, found = tables_of(engine), {}
@@ -124,8 +129,10 @@ def one_round(engine: Engine, prompt: tuple[int, ...], setting: dict[str, Any], 
         drop(tables)
         match arm:
             case "cold":
-                found["cold_s"] = first_token(engine, prompt)
-                found["warm_s"] = first_token(engine, prompt)
+                for heat in ("cold", "warm"):
+                    before = stalled(engine)
+                    found[f"{heat}_s"] = first_token(engine, prompt)
+                    found[f"{heat}_stall_s"] = stalled(engine) - before
             case "unasked":
                 engine.runner.page_in = lambda sequence: None  # type: ignore[method-assign]
                 found["unasked_s"] = first_token(engine, prompt)
@@ -133,7 +140,7 @@ def one_round(engine: Engine, prompt: tuple[int, ...], setting: dict[str, Any], 
             case "page_in":
                 found |= page_in(tables, ids)
             case "demand":
-                found["demand_s"] = read(tables, ids)
+                found["demand_s"] = demand(tables, ids)
             case "disk":
                 path = tables[0].files[0].path
                 found["disk_per_s"] = rate(path, setting["threads"], setting["depth"], generator)
@@ -159,6 +166,16 @@ def page_in(tables: list[RowTable], ids: list[Ids]) -> dict[str, float]:
     return {"page_in_s": seconds, "pages": pages, "pages_read": after - before}
 
 
+def demand(tables: list[RowTable], ids: list[Ids]) -> float:
+    """As `read`, each page read when its row is: what tables do by themselves after a slow gather is switched off."""
+    for one in tables:
+        one.page_in = lambda ids: 0  # type: ignore[method-assign]
+    seconds = read(tables, ids)
+    for one in tables:
+        del one.page_in
+    return seconds
+
+
 def read(tables: list[RowTable], ids: list[Ids]) -> float:
     """Seconds to gather the rows, in pieces as large as those of a step."""
     begun = time.perf_counter()
@@ -182,6 +199,8 @@ def measured(rounds: list[dict[str, float]], points: list[dict[str, Any]]) -> di
             "cold_ttft_s": median(lambda r: r["cold_s"]),
             "warm_ttft_s": median(lambda r: r["warm_s"]),
             "unasked_ttft_s": median(lambda r: r["unasked_s"]),
+            "cold_stall_s": median(lambda r: r["cold_stall_s"]),
+            "warm_stall_s": median(lambda r: r["warm_stall_s"]),
             "added_s": median(lambda r: r["cold_s"] - r["warm_s"]),
             "page_in_s": median(lambda r: r["page_in_s"]),
             "page_in_per_s": median(lambda r: r["pages"] / r["page_in_s"]),

@@ -27,8 +27,8 @@ from server.bench.big_pack import big_pack
 from server.bench.page_cache import resident_pages
 from server.bench.paired import machine, ratio, write_json
 from server.bench.text import prompts
-from server.cache.row_table import PAGE
 from server.cache.row_table import Table as StoredTable
+from server.cache.table_files import PAGE
 from server.runtime.engine import Engine
 from server.runtime.load import load
 from server.runtime.messages import SamplingParams, Submit

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from server.cache.row_table import PAGE, RowTable
+from server.cache.row_table import RowTable
+from server.cache.table_files import PAGE
 from server.errors import CapacityError
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.cache.row_table import ReadMode, Table
+from server.cache.row_table import Table
+from server.cache.table_files import ReadMode
 from server.errors import PackError
 from server.memory.addressing import Addresser, NGramAddresser, from_config
 from server.memory.attachment import Attachment

@@ -34,7 +34,7 @@ def test_cold_says_what_was_read_and_how_fast(small: str, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "cold.json").read_text()) == result
     assert 0.99 <= result["ratios"]["pages_read_over_distinct"] <= 1.05
     assert len(result["disk"]) >= 6 and all(point["per_s"] > 0 for point in result["disk"])
-    assert all(value > 0 for name, value in result["median"].items() if name != "added_s")
+    assert all(value > 0 for name, value in result["median"].items() if name != "added_s" and "stall" not in name)
     assert not list(tmp_path.glob("big-*"))  # removed, since nobody asked to keep it
 
 

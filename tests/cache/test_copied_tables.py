@@ -149,3 +149,14 @@ def test_memory_that_the_system_refuses_is_a_capacity_error_with_the_way_out(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CapacityError, match=rf"needs {rows.nbytes} bytes of RAM .*No space left.*=mapped"):
         PinnedTable(RowTable.open(path, tensor=tensor))
+
+
+def test_huge_pages_that_turn_out_not_to_be_there_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool may be emptied between the look at it and the taking."""
+    monkeypatch.setattr("server.cache.pinned_table._free_huge_pages", lambda: 1 << 20)
+    path, tensor, rows = LAYOUTS[0](tmp_path)
+    table = PinnedTable(RowTable.open(path, tensor=tensor))
+    assert "memfd" in table.note
+    np.testing.assert_array_equal(gather(table, [0, 299]), rows[[0, 299]])

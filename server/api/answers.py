@@ -37,7 +37,7 @@ class Answer(ABC):
         self.service, self.body = service, body
         service.metrics.unknown_fields += check_extra_fields(body.model_extra)
         model, self.packs = service.model(body.model, body.memory)
-        service.check_ready()
+        service.check_serving()
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
         options = body.stream_options

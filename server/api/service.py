@@ -58,11 +58,16 @@ class Service:
             )
         return name, () if memory is not None and not memory.enabled else models[name]
 
-    def check_ready(self) -> None:
-        """Raises NotReady unless new requests can be served."""
+    def check_serving(self) -> None:
+        """Raises NotReady unless the engine takes requests; one that reads a broken memory it refuses itself."""
         if not self.client.alive:
-            raise NotReady("the engine is gone; restart the server")
+            why = f" ({self.client.ended})" if self.client.ended else ""
+            raise NotReady(f"the engine is gone{why}; restart the server")
         if self.client.draining:
             raise NotReady("the server is draining and takes no new requests")
+
+    def check_ready(self) -> None:
+        """Raises NotReady unless every request can be served."""
+        self.check_serving()
         if self.client.stats.table_fault is not None:
             raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")

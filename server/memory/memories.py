@@ -10,6 +10,7 @@ state as it was before any of them. Knows views and addresses; nothing of where 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from server.batch import Batch, Bools, Ints
 from server.cache.device_table import DeviceFetch, DeviceTable
 from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
 from server.cache.residency import Residency, Resident
+from server.cache.row_table import RowTable
+from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -32,6 +35,7 @@ from server.view import MemoryView
 # A hint costs about 0.4 ms of a step here (hashing and queueing, with cold processor caches) and gains the time between
 # sampling and the next step's start: nothing where rows arrive before the first block is through.
 HINT_SECONDS = 0.001
+PAGE_IN_TOKENS = 256  # of a waiting prompt, asked for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,14 @@ class Memories:
             for layer, table in pack.tables.items()
         ]
 
+    def check(self) -> None:
+        """Looks at the table files without reading a row, so that what befell them shows in `faults`."""
+        for pack in self.packs:
+            for table in pack.tables.values():
+                if isinstance(table, RowTable):
+                    with contextlib.suppress(TableError):
+                        table.check()
+
     def faults(self) -> dict[str, str]:
         """Packs whose table file was changed, cut or failed while serving, with what happened."""
         broken = {pack.name: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
@@ -228,8 +240,11 @@ class Memories:
 
 
 def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools) -> None:
-    for layer, (row_ids, _) in pack.address(windows, blocked).items():
-        pack.tables[layer].page_in(np.unique(row_ids))
+    """In the order they will be read: a piece of the prompt through all layers, then the next."""
+    for at in range(0, len(windows), PAGE_IN_TOKENS):
+        part = slice(at, at + PAGE_IN_TOKENS)
+        for layer, (row_ids, _) in pack.address(windows[part], blocked[part]).items():
+            pack.tables[layer].page_in(row_ids.reshape(-1))
 
 
 def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:

@@ -134,6 +134,14 @@ class Engine:
             resident=self._resident(),
         )
 
+    def check_tables(self) -> bool:
+        """Looks at the memories' files; whether something befell one that the last statistics did not say."""
+        memories = self.runner.memories
+        if memories is None or memories.faults():
+            return False
+        memories.check()
+        return bool(memories.faults())
+
     def _resident(self) -> tuple[TableResidency, ...]:
         """What of each table stands in memory, counted anew once a second at most."""
         memories, now = self.runner.memories, time.monotonic()

@@ -25,6 +25,8 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+IDLE_SECONDS = 2.0  # an idle engine looks at its table files so often, that /ready may say what befell them
+
 
 def build_engine(settings: Settings, loaded: Loaded) -> Engine:
     """The engine over a loaded model."""
@@ -89,7 +91,9 @@ class EngineLoop:
         timeout = 0.0
         if self.engine.idle:
             self.engine.scheduler.check()
-            timeout = 0.0 if self.deadline is not None else 3600.0
+            if self.engine.check_tables():
+                self._send_outputs([])
+            timeout = 0.0 if self.deadline is not None else IDLE_SECONDS
         while not self.stopped and self.pipe.poll(timeout):
             self._handle(self.pipe.recv())
             timeout = 0.0

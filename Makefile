@@ -23,7 +23,7 @@ SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs soak bench bench-decode bench-memory bench-train demo-memory clean
+.PHONY: help serve test check format docs soak bench demo-memory clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -99,19 +99,14 @@ $(JUDGES)/.made: pyproject.toml | $(VENV)/.made
 	@touch $@
 
 # Each experiment builds what it needs and writes its figures under build/bench/.
-bench: bench-decode bench-memory bench-train
+BENCHES := decode memory stem cache offload train
+.PHONY: $(BENCHES:%=bench-%)
 
-bench-decode: $(VENV)/.dev $(VENV)/.model
-	@mkdir -p build/bench
-	$(BIN)/engram-server bench decode --json build/bench/decode.json
+bench: $(BENCHES:%=bench-%)
 
-bench-memory: $(VENV)/.dev $(VENV)/.model
+$(BENCHES:%=bench-%): bench-%: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
-	$(BIN)/engram-server bench memory --json build/bench/memory.json
-
-bench-train: $(VENV)/.dev $(VENV)/.model
-	@mkdir -p build/bench
-	$(BIN)/engram-server bench train --json build/bench/train.json
+	$(BIN)/engram-server bench $* --json build/bench/$*.json
 
 # How packs/wordnet was made, into build/demo/wordnet: from Debian's wordnet-base and dict-gcide; about an hour on two
 # busy cores. Interrupted, the same command goes on.

@@ -337,6 +337,30 @@ def memory(
     run(model=model, turns=turns, json=json)
 
 
+@bench.command()
+def cache(
+    model: Annotated[str, typer.Option(help="whose tokenizer cuts the real text")] = DEFAULT_MODEL,
+    json: JsonFile = None,
+) -> None:
+    """The hit rate of the hot rows beside the best possible, on Zipf traces, after a drift, and on real text."""
+    from server.bench.cache import run
+
+    run(model=model, json=json)
+
+
+@bench.command()
+def offload(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    parameters: Annotated[int, typer.Option(min=1_000_000, help="of the table")] = 10_000_000_000,
+    seconds: Annotated[float, typer.Option(min=1, help="of measuring at each concurrency")] = 75.0,
+    json: JsonFile = None,
+) -> None:
+    """What a table in host memory costs beside the same table on the device, and beside none."""
+    from server.bench.offload import run
+
+    run(model=model, parameters=parameters, seconds=seconds, json=json)
+
+
 BenchFolder = Annotated[Path | None, typer.Option("--dir", help="where to build it; default: the cache folder")]
 KeepPack = Annotated[bool, typer.Option("--keep", help="keep what was built for the next time")]
 

@@ -52,6 +52,9 @@ class UniqueRows:
 class Waits(Protocol):
     """Who answers for a fetch."""
 
+    @property
+    def ahead(self) -> bool: ...
+
     def wait(self, fetch: Fetch) -> Tensor: ...
 
 

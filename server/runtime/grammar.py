@@ -13,6 +13,7 @@ reasons in docs/adr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import OrderedDict
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from server.batch import Bools
-from server.errors import RequestError
+from server.errors import EngramError, RequestError
 from server.runtime.detokeniser import Pieces
 from server.runtime.messages import Grammar
 
@@ -48,7 +49,7 @@ MOST_ERROR = 300
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. `tokenizer`: called once, when the first grammar comes."""
+    """Compiles grammars for one tokenizer. `tokenizer`: called once, by `prepare` or when the first grammar comes."""
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, tuple(eos_ids)
@@ -56,6 +57,13 @@ class Grammars:
         self.masks = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, Future[tuple[LLMatcher, bytes]]] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Reads the vocabulary, before there is anyone to wait: the library lets nobody else run meanwhile."""
+        with contextlib.suppress(
+            EngramError
+        ):  # a model without a usable tokenizer; grammars are refused with its error
+            self._words()
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """A sequence's own state. The grammar is compiled meanwhile, once for all who ask for the same."""

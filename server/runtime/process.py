@@ -145,6 +145,8 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
     try:
         loaded = load(settings)
         engine = build_engine(settings, loaded)
+        if engine.grammars is not None:
+            engine.grammars.prepare()
         message: Ready | Failed = ready_message(settings, loaded)
     except EngramError as error:
         message = Failed(error)

@@ -393,17 +393,6 @@ def limit(
     run(model=model, seconds=seconds, folder=dir, keep=keep, json=json)
 
 
-@bench.command()
-def cache(
-    model: Annotated[str, typer.Option(help="whose tokenizer cuts the real text")] = DEFAULT_MODEL,
-    json: JsonFile = None,
-) -> None:
-    """The hit rate of the hot rows beside the best possible, on Zipf traces, after a drift, and on real text."""
-    from server.bench.cache import run
-
-    run(model=model, json=json)
-
-
 @bench.command("train")
 def bench_train(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from server.cache.layouts import Header, Layout, find_layout, read_header
-from server.cache.row_table import ReadMode, RowTable
+from server.cache.row_table import RowTable
+from server.cache.table_files import ReadMode
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import fingerprint

@@ -13,6 +13,7 @@ reasons in docs/adr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import OrderedDict
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from server.batch import Bools
-from server.errors import RequestError
+from server.errors import EngramError, RequestError
 from server.runtime.detokeniser import Pieces
 from server.runtime.messages import Grammar
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from server.runtime.sequence import Sequence
 
 COMPILE_SECONDS = 5.0
+# Text that must come is not looked for: where none of it ever ends, as in `start: /a+/ /a+/`, that never ends either.
+DIRECTIVE = "%llguidance"
+NO_FORCING = DIRECTIVE + ' {"no_forcing": true}\n'
 SPECIAL = b"\xff"  # begins no text: llguidance's mark of tokens that are none
 KEPT = 64  # compiled grammars
 DEAR_SECONDS = 0.0005
@@ -45,7 +49,7 @@ MOST_ERROR = 300
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. `tokenizer`: called once, when the first grammar comes."""
+    """Compiles grammars for one tokenizer. `tokenizer`: called once, by `prepare` or when the first grammar comes."""
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, tuple(eos_ids)
@@ -53,6 +57,13 @@ class Grammars:
         self.masks = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, Future[tuple[LLMatcher, bytes]]] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Reads the vocabulary, before there is anyone to wait: the library lets nobody else run meanwhile."""
+        with contextlib.suppress(
+            EngramError
+        ):  # a model without a usable tokenizer; grammars are refused with its error
+            self._words()
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """A sequence's own state. The grammar is compiled meanwhile, once for all who ask for the same."""
@@ -72,7 +83,7 @@ class Grammars:
             definition = definition_of(grammar)
             matcher = LLMatcher(self._words(), definition, limits=limits(), log_level=0)
             mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-        except Exception as error:  # a program in a foreign language: it can fail in any way
+        except BaseException as error:  # a program in a foreign language: it can fail in any way, and panic
             raise refused(grammar, str(error) or type(error).__name__) from None
         if matcher.is_error():
             raise refused(grammar, matcher.get_error())
@@ -149,8 +160,8 @@ class Constraint:
         try:
             if self.pending is not None:
                 self.pending.result()
-        except RequestError as error:
-            self.error = error
+        except BaseException as error:
+            self.error = error if isinstance(error, RequestError) else refused(self.grammar, str(error))
             return
         if self._compiled is not None:
             matcher, self._mask = self._compiled.result()
@@ -163,14 +174,17 @@ class Constraint:
     def accept(self, token_id: int) -> None:
         """The sequence said this token."""
         begun, self.ready = time.perf_counter(), False
-        if not self._matcher.consume_token(token_id):
-            self.error = refused(self.grammar, self._matcher.get_error())
-        elif self._matcher.is_stopped():
-            self.complete = True
-        elif self._cost < DEAR_SECONDS:
-            self._advance(begun)
-        else:
-            self.pending = self._grammars.masks.submit(self._advance, begun)
+        try:
+            if not self._matcher.consume_token(token_id):
+                self.error = refused(self.grammar, self._matcher.get_error())
+            elif self._matcher.is_stopped():
+                self.complete = True
+            elif self._cost < DEAR_SECONDS:
+                self._advance(begun)
+            else:
+                self.pending = self._grammars.masks.submit(self._advance, begun)
+        except BaseException as error:  # a panic is no Exception, and no reason for others to suffer
+            self.error = refused(self.grammar, str(error))
 
     def _advance(self, begun: float) -> None:
         self._mask = self._matcher.compute_bitmask()
@@ -226,8 +240,12 @@ def definition_of(grammar: Grammar) -> str:
     """In llguidance's own form. Raises ValueError for what cannot be read."""
     from llguidance import LLMatcher, grammar_from
 
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind != "json":
-        return grammar_from(grammar.kind, grammar.text)
+        if DIRECTIVE in grammar.text:
+            raise ValueError(f"the directive {DIRECTIVE} is the server's own")
+        return NO_FORCING + grammar_from(grammar.kind, grammar.text)
     options: Any = {"whitespace_pattern": grammar.whitespace, "coerce_one_of": True}
     schema = json.loads(grammar.text)
     return LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=options)

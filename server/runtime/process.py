@@ -178,6 +178,8 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
         if settings.packs_dir:
             with contextlib.suppress(PackError):  # of a tokenizer that no hashed memory fits
                 compression_map(loaded.source.tokenizer.backend)  # a second of Python, now rather than beside steps
+        if engine.grammars is not None:
+            engine.grammars.prepare()
         message: Ready | Failed = ready_message(settings, loaded)
     except EngramError as error:
         message = Failed(error)

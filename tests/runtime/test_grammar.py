@@ -180,6 +180,8 @@ USELESS = [
     ("grammar", "start: x", "x"),
     ("grammar", "root ::= " + "(" * 5000, "grammar"),
     ("grammar", 'start: %json {"$ref": "file:///etc/passwd"}', "passwd"),
+    ("grammar", '%llguidance {"no_forcing": false}\nstart: "a"', "%llguidance"),
+    ("grammar", "start: /a+/ /a+/", ""),
     ("choice", json.dumps([f"{i} way" for i in range(20_000)]), "choices"),
     ("choice", '["\\ud800"]', "choices"),
 ]
@@ -193,7 +195,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(engine: Engine, kind: Any, t
     )
     ends = [outputs[-1] for outputs in collected.values()]
     if all(end.error is None for end in ends):
-        assert word == ""  # large, and usable
+        assert word == ""  # large or endless, and usable
         return
     for end in ends:
         assert isinstance(end.error, RequestError) and end.error.param == "field" and end.finish_reason == "error"

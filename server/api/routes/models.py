@@ -13,7 +13,7 @@ from server.api.service import Service
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["models"])
 
-    @router.get("/v1/models", responses={200: {"model": Models}})
+    @router.get("/v1/models", responses={200: {"model": Models}, **ERRORS})
     async def list_models() -> Response:
         """The first is the default."""
         return JSONReply(

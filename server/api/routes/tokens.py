@@ -37,7 +37,7 @@ def routes(service: Service) -> APIRouter:
         check_ids(body.tokens, service.vocab_size, "tokens")
         return JSONReply({"prompt": service.pieces.text(body.tokens, skip_special=False)})
 
-    @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}})
+    @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}, **ERRORS})
     async def tokenizer_info() -> Response:
         special = service.source.special_tokens
         return JSONReply(

@@ -85,6 +85,7 @@ class Generation:
         self._client, self._metrics = service.client, service.metrics
         self._admission, self._caller = service.admission, caller
         self._ticket: Ticket | None = None
+        self.engine_s = 0.0  # what the engine took for the first token
         self._seconds = service.settings.request_timeout
         self._eos = frozenset(service.source.tokenizer.eos_token_ids)
         self._arrival, self._options = arrival, options
@@ -214,6 +215,7 @@ class Generation:
         if output.queued_s is None or output.prefill_s is None:
             return None  # ended before its first token
         if choice.child == 0:
+            self.engine_s = output.engine_s
             if self._ticket is not None:
                 self._ticket.started(len(choice.prompt.token_ids))
             choice.cached_tokens = output.cached_tokens

@@ -40,7 +40,7 @@ async def exchange(port: int, data: bytes, pause: float = 0.0, *, leave: bool = 
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""
     try:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             first = len(data) // 2 if pause else len(data)
             writer.write(data[:first])
             await writer.drain()
@@ -59,7 +59,7 @@ async def exchange(port: int, data: bytes, pause: float = 0.0, *, leave: bool = 
         return received
     finally:
         writer.close()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             await writer.wait_closed()
 
 

@@ -99,7 +99,7 @@ $(JUDGES)/.made: pyproject.toml | $(VENV)/.made
 	@touch $@
 
 # Each experiment builds what it needs and writes its figures under build/bench/.
-BENCHES := decode memory stem cache offload train
+BENCHES := decode memory stem cache offload http train
 .PHONY: $(BENCHES:%=bench-%)
 
 bench: $(BENCHES:%=bench-%)

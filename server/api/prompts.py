@@ -11,7 +11,6 @@ from server.api.sampling import check_ids
 from server.api.schemas import ChatMessage, ChatRequest, CompletionRequest, TokenizeRequest
 from server.api.service import Service
 from server.errors import RequestError
-from server.models.chat import render
 
 MOST_PROMPTS = 1024
 # vLLM's clients look for these words.
@@ -51,12 +50,12 @@ async def _prompt(service: Service, given: str | list[int], add_special_tokens: 
 
 async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
     """The conversation through the model's template; `text` is the final message if the answer continues it."""
-    text, final = conversation_text(service, request, request.messages)
+    text, final = await conversation_text(service, request, request.messages)
     ids = await encode(service, text, bool(request.add_special_tokens), "messages")
     return Prompt(check_length(service, ids, "messages"), final)
 
 
-def conversation_text(
+async def conversation_text(
     service: Service,
     request: ChatRequest | TokenizeRequest,
     given: list[ChatMessage],
@@ -73,7 +72,7 @@ def conversation_text(
         )
     messages = message_dicts(given)
     generate = request.add_generation_prompt is not False and not request.continue_final_message
-    text = conversation(service, messages, generate, request.chat_template_kwargs or {}, tools)
+    text = await conversation(service, messages, generate, request.chat_template_kwargs or {}, tools)
     final = ""
     if request.continue_final_message:
         final = str(messages[-1].get("content") or "").strip()
@@ -85,7 +84,7 @@ def conversation_text(
     return text, final
 
 
-def conversation(
+async def conversation(
     service: Service,
     messages: list[dict[str, Any]],
     add_generation_prompt: bool,
@@ -93,8 +92,7 @@ def conversation(
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """A conversation as the model's text. Raises RequestError if the model has no template or it refuses."""
-    template = service.source.chat_template
-    if template is None:
+    if service.renderer is None:
         raise RequestError(
             f"{service.name} has no chat template; use /v1/completions or serve a model that has one", param="messages"
         )
@@ -104,7 +102,13 @@ def conversation(
         )
     special = service.source.special_tokens
     options = options if tools is None else {**options, "tools": tools}
-    return render(template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special, **options)
+    return await asyncio.to_thread(
+        service.renderer.render,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        special_tokens=special,
+        **options,
+    )
 
 
 def message_dicts(messages: list[ChatMessage]) -> list[dict[str, Any]]:

@@ -261,6 +261,7 @@ class Engine:
             cached_tokens=sequence.cached_tokens,
             gates=gates,
             cost=cost,
+            engine_s=now - sequence.received,
         )
 
     def _settle(self) -> list[TokenOutput]:

@@ -22,7 +22,7 @@ def routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt, a text, or messages, a conversation", param="prompt")
         if body.messages is not None:
-            text, _ = conversation_text(service, body, body.messages, body.tools)
+            text, _ = await conversation_text(service, body, body.messages, body.tools)
             ids = await encode(service, text, bool(body.add_special_tokens), "messages")
         else:
             ids = await encode(service, body.prompt or "", body.add_special_tokens is not False, "prompt")

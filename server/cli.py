@@ -242,6 +242,44 @@ def memory(
     run(model=model, turns=turns, json=json)
 
 
+@bench.command()
+def quantized(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    turns: Annotated[int, typer.Option(min=16, help="steps of each arm")] = 60,
+    json: JsonFile = None,
+) -> None:
+    """The decode step with int8 and int4 weights beside the plain one, and their perplexity."""
+    from server.bench.quantized import run
+
+    run(model=model, turns=turns, json=json)
+
+
+@bench.command()
+def peers(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    vllm: Annotated[Path | None, typer.Option(help="the vllm executable of another environment")] = None,
+    llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server")] = None,
+    llama_model: Annotated[Path | None, typer.Option(help="the same weights as a .gguf file, for llama.cpp")] = None,
+    memory: Annotated[bool, typer.Option(help="one more arm: ours with a memory attached")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each server")] = 3,
+    tokens: Annotated[int, typer.Option(min=8, help="new tokens per stream")] = 48,
+    json: JsonFile = None,
+) -> None:
+    """Our HTTP server beside vLLM's CPU build and llama.cpp, in turns: throughput, TTFT, time between tokens."""
+    from server.bench.peers import run
+
+    run(
+        model=model,
+        vllm_executable=vllm,
+        llama_server=llama_server,
+        llama_model=llama_model,
+        memory=memory,
+        rounds=rounds,
+        tokens=tokens,
+        json=json,
+    )
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

@@ -257,7 +257,7 @@ def quantized(
 @bench.command()
 def peers(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    vllm: Annotated[Path | None, typer.Option(help="the vllm executable of another environment")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="the Python of the environment that holds vLLM's CPU build")] = None,
     llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server")] = None,
     llama_model: Annotated[Path | None, typer.Option(help="the same weights as a .gguf file, for llama.cpp")] = None,
     memory: Annotated[bool, typer.Option(help="one more arm: ours with a memory attached")] = True,
@@ -270,7 +270,7 @@ def peers(
 
     run(
         model=model,
-        vllm_executable=vllm,
+        vllm_python=vllm,
         llama_server=llama_server,
         llama_model=llama_model,
         memory=memory,

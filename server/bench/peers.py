@@ -117,9 +117,11 @@ def ours(name: str, folder: Path, memory: Path | None = None) -> Peer:
     return Peer(name, [*command, "--memory", f"memory={memory}"], "peer+memory", "/ready", port)
 
 
-def vllm(executable: Path, folder: Path) -> Peer:
+def vllm(python: Path, folder: Path) -> Peer:
+    """By its module: the CPU build's own `vllm` command asks for a package name that it is not installed under."""
     port = free_port()
-    command = [str(executable), "serve", str(folder), "--served-model-name", "peer", "--port", str(port)]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "peer", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", MAX_LEN, "--enforce-eager"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
     return Peer("vLLM", command, "peer", "/health", port, environment)
@@ -206,7 +208,7 @@ def summary(rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, A
 def run(
     *,
     model: str = DEFAULT_MODEL,
-    vllm_executable: Path | None = None,
+    vllm_python: Path | None = None,
     llama_server: Path | None = None,
     llama_model: Path | None = None,
     memory: bool = True,
@@ -223,8 +225,8 @@ def run(
         if memory:
             pack = attach(model=str(folder), out=Path(place) / "pack", layers=(1, 15), rows=20_000, dim=64, heads=8)
             peers.append(ours(WITH_MEMORY, folder, pack))
-        if vllm_executable is not None:
-            peers.append(vllm(vllm_executable, folder))
+        if vllm_python is not None:
+            peers.append(vllm(vllm_python, folder))
         if llama_server is not None:
             if llama_model is None:
                 raise SettingsError("--llama-server needs --llama-model: the same weights as a .gguf file")

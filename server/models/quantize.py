@@ -18,7 +18,7 @@ from server.errors import SettingsError
 from server.models.layers import Linear
 
 GROUP = 32  # weights that share a scale and a zero in int4
-FEW = {"int8": 2, "int4": 4}  # tokens up to which the integer kernel is the faster
+FEW = {"int8": 1, "int4": 4}  # tokens up to which the integer kernel is the faster
 
 
 class QuantizedLinear(nn.Module):

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from server import __version__
+from server.bench.verbs import bench
 from server.errors import EngramError, SettingsError
+from server.options import JsonFile, ModelArgument, numbers
 from server.settings import DEFAULT_MODEL, FIELDS, flag, resolve
 
 app = typer.Typer(
@@ -25,17 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(
-    name="bench", help="Measure this machine; every experiment alternates its arms.", no_args_is_help=True
-)
 app.add_typer(bench)
 
 ROW_TYPES = "auto|float32|float16|bfloat16|int8|float8_e4m3|float8_e4m3_e8m0"
 DTYPES = "|".join(FIELDS["dtype"].metadata["choices"])
-ModelArgument = Annotated[str, typer.Argument(help=FIELDS["model"].metadata["help"])]
 SIZES = (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10))
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 
 def print_version(asked: bool) -> None:
@@ -202,14 +198,6 @@ def attach(
     typer.echo(f"wrote {out}")
 
 
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """(1, 15) from "1,15". Raises SettingsError."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise SettingsError(f"{flag} is {text!r}; write whole numbers with commas between, such as 1,15") from None
-
-
 @app.command()
 def pack(
     source: Annotated[Path, typer.Argument(help="pack whose tables are written anew", metavar="IN")],
@@ -311,123 +299,6 @@ def evaluate(
 
     settings = Settings(model=model, memory=(str(memory or shipped()),), threads=threads, prefix_cache="off")
     evaluate(settings, limit=limit, json=json, plot=plot)
-
-
-@bench.command()
-def decode(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    steps: Annotated[int, typer.Option(min=8, help="steps of each arm at each concurrency")] = 48,
-    json: JsonFile = None,
-) -> None:
-    """The decode step beside transformers' on the same weights, in turns."""
-    from server.bench.decode import run
-
-    run(model=model, steps=steps, json=json)
-
-
-@bench.command()
-def memory(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    turns: Annotated[int, typer.Option(min=16, help="steps of each arm")] = 150,
-    json: JsonFile = None,
-) -> None:
-    """What an attached memory costs a step, and how much of a slow table its prefetch hides."""
-    from server.bench.memory import run
-
-    run(model=model, turns=turns, json=json)
-
-
-@bench.command()
-def cache(
-    model: Annotated[str, typer.Option(help="whose tokenizer cuts the real text")] = DEFAULT_MODEL,
-    json: JsonFile = None,
-) -> None:
-    """The hit rate of the hot rows beside the best possible, on Zipf traces, after a drift, and on real text."""
-    from server.bench.cache import run
-
-    run(model=model, json=json)
-
-
-@bench.command()
-def offload(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    parameters: Annotated[int, typer.Option(min=1_000_000, help="of the table")] = 10_000_000_000,
-    seconds: Annotated[float, typer.Option(min=1, help="of measuring at each concurrency")] = 75.0,
-    json: JsonFile = None,
-) -> None:
-    """What a table in host memory costs beside the same table on the device, and beside none."""
-    from server.bench.offload import run
-
-    run(model=model, parameters=parameters, seconds=seconds, json=json)
-
-
-BenchFolder = Annotated[Path | None, typer.Option("--dir", help="where to build it; default: the cache folder")]
-KeepPack = Annotated[bool, typer.Option("--keep", help="keep what was built for the next time")]
-
-
-@bench.command()
-def cold(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    rounds: Annotated[int, typer.Option(min=1, help="measurements of each arm")] = 8,
-    dir: BenchFolder = None,
-    keep: KeepPack = False,
-    json: JsonFile = None,
-) -> None:
-    """What the first answer after a cold start waits for, beside what the disk can do. Writes 9 GB and removes them."""
-    from server.bench.cold import run
-
-    run(model=model, rounds=rounds, folder=dir, keep=keep, json=json)
-
-
-@bench.command()
-def limit(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    seconds: Annotated[int, typer.Option(min=5, help="how long the load lasts")] = 240,
-    dir: BenchFolder = None,
-    keep: KeepPack = False,
-    json: JsonFile = None,
-) -> None:
-    """A table four times --host-memory-limit under load, beside the same table in RAM. Needs 4 GB of disk and RAM."""
-    from server.bench.limit import run
-
-    run(model=model, seconds=seconds, folder=dir, keep=keep, json=json)
-
-
-@bench.command("train")
-def bench_train(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    layers: Annotated[str, typer.Option(help="layers that read the memory, as 1,10")] = "1,10",
-    turns: Annotated[int, typer.Option(min=8, help="steps of each arm")] = 16,
-    json: JsonFile = None,
-) -> None:
-    """A training step beside transformers with hooks, in turns."""
-    from server.bench.train import run
-
-    run(model=model, layers=numbers("--layers", layers), turns=turns, json=json)
-
-
-@bench.command("stem")
-def bench_stem(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    turns: Annotated[int, typer.Option(min=16, help="steps of each arm at each number of sequences")] = 160,
-    json: JsonFile = None,
-) -> None:
-    """What STEM rows in place of a third of the up-projections gain a step, and what Engram besides costs."""
-    from server.bench.stem import run
-
-    run(model=model, turns=turns, json=json)
-
-
-@bench.command()
-def http(
-    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
-    seconds: Annotated[int, typer.Option(min=5, help="seconds of each loaded part")] = 60,
-    json: JsonFile = None,
-) -> None:
-    """What HTTP adds to a first token, and what the server does at five times its capacity."""
-    from server.bench.http import run
-
-    run(model=model, seconds=seconds, json=json)
 
 
 def main() -> None:

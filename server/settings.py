@@ -41,6 +41,9 @@ class Settings:
     model: str = setting(DEFAULT_MODEL, "builtin name, Hugging Face folder, .gguf file or hub id", "model")
     served_model_name: str = setting("", "name in /v1/models; default: taken from the model", "model")
     dtype: str = setting("auto", "weights and activations", "model", choices=("auto", "bfloat16", "float16", "float32"))
+    quantize: str = setting(
+        "none", "integer weights for steps of few tokens (CPU)", "model", choices=("none", "int8", "int4")
+    )
     device: str = setting("auto", "where the backbone runs", "model", choices=("auto", "cpu", "cuda"))
     threads: int = setting(0, "compute threads of the engine; 0: as many as the CPU quota gives", "model")
     max_model_len: int = setting(

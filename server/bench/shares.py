@@ -14,6 +14,7 @@ from typing import Any
 
 from server.models.layers import Linear
 from server.models.prepack import PackedLinear
+from server.models.quantize import QuantizedLinear
 from server.runtime.engine import Engine
 
 
@@ -55,9 +56,11 @@ def step_timers(engine: Engine) -> Iterator[StepTimers]:
     """Times every step of `engine` inside the block."""
     timers = StepTimers()
     model, runner = engine.runner.model, engine.runner
-    linears = [m for m in model.modules() if isinstance(m, (Linear, PackedLinear))]
+    quantised = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    inner = {id(m.many) for m in quantised}
+    linears = [m for m in model.modules() if isinstance(m, (Linear, PackedLinear)) and id(m) not in inner]
     parts: list[tuple[Any, str, str]] = [
-        *((linear, "forward", "matmul") for linear in linears),
+        *((linear, "forward", "matmul") for linear in (*quantised, *linears)),
         (runner.attention, "forward", "attention"),
         (model, "forward", "forward"),
         (model, "logits", "logits"),

@@ -22,10 +22,13 @@ def corpus() -> str:
     return own + "\n".join(Path(file).read_text(encoding="utf-8") for file in files if file)
 
 
-def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[tuple[int, ...]]:
-    """`count` distinct pieces of the corpus, `length` tokens each. Raises ValueError if the corpus is too short."""
+def prompts(tokenizer: Tokenizer, count: int, length: int, *, overlap: bool = False) -> list[tuple[int, ...]]:
+    """`count` distinct pieces of the corpus, `length` tokens each. Raises ValueError if the corpus is too short.
+
+    `overlap`: a piece may begin within the one before it, so that there are more of them.
+    """
     ids = tokenizer.encode(corpus())
-    if len(ids) < count * length:
+    if len(ids) < count * (1 if overlap else length) + length:
         raise ValueError(f"the corpus has {len(ids)} tokens and {count} pieces of {length} were wanted")
     stride = len(ids) // count
     return [tuple(ids[i * stride : i * stride + length]) for i in range(count)]

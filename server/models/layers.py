@@ -23,6 +23,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: nn.Parameter | None) -> Linear:
+        """Over tensors that are already there."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+        return linear
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 

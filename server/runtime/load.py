@@ -24,6 +24,7 @@ from server.models.attention.kv_cache import KVCache
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
 from server.models.prepack import PackedLinear, can_prepack, prepack
+from server.models.quantize import FEW, QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
 from server.runtime.capacity import CapacityPlan, KVPlan, plan
@@ -104,15 +105,20 @@ def build_model(
     device: torch.device,
     max_len: int,
     without_up: frozenset[int] = frozenset(),
+    bits: str = "none",
 ) -> Decoder:
     """The backbone with its weights, on `device`, prepacked where that helps. One tensor at a time is in flight.
 
-    `without_up`: layers whose up-projection is not wanted.
+    `without_up`: layers whose up-projection is not wanted; `bits`: --quantize. Raises SettingsError if it cannot be.
     """
     with torch.device(device):
         model = Decoder(source.config, max_len, dtype, without_up)
     with torch.inference_mode():
         model.load(tensors(source, dtype))
+        if bits != "none":
+            if device.type != "cpu":
+                raise SettingsError(f"--quantize is {bits} and the model runs on {device}; use --device cpu")
+            quantize(model, bits, head=model.head)
         if can_prepack(dtype, device):
             prepack(model)
     return model.eval()
@@ -139,7 +145,7 @@ def prepare(settings: Settings) -> Prepared:
     max_len = context_limit(settings, source)
     packs = open_packs(settings, source, dtype, device)
     replaced = frozenset(stem_layers(packs))
-    without_up = frozenset() if settings.keep_up_projection else replaced
+    without_up = frozenset[int]() if settings.keep_up_projection else replaced
     planned = plan(settings, source.config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
     return Prepared(source, device, dtype, max_len, packs, without_up, planned)
 
@@ -149,7 +155,7 @@ def load(settings: Settings) -> Loaded:
     torch.set_num_threads(settings.threads or cpu_quota())
     prepared = prepare(settings)
     source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
-    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up)
+    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up, settings.quantize)
     kv = prepared.plan.kv
     try:
         cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
@@ -271,7 +277,8 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights as stored, a tied embedding counted once unless its packed form is apart."""
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
-    return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed)
+    integers = sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
+    return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed) + integers
 
 
 def mebibytes(count: int) -> str:
@@ -284,11 +291,13 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
     tokens = (kv.blocks - 1) * settings.block_size
     threads = f", {torch.get_num_threads()} threads" if loaded.device.type == "cpu" else ""
     layout = " prepacked for oneDNN" if can_prepack(loaded.dtype, loaded.device) else ""
+    few = FEW.get(settings.quantize)
+    quantised = f"; {settings.quantize} for steps of up to {few} tokens" if few else ""
     return [
         ("model", f"{loaded.source.name} ({loaded.source.config.architecture}) from {loaded.source.path}"),
         ("device", f"{loaded.device}{threads}"),
         ("dtype", f"{str(loaded.dtype).removeprefix('torch.')}{layout}"),
-        ("weights", mebibytes(weight_bytes(loaded.model))),
+        ("weights", mebibytes(weight_bytes(loaded.model)) + quantised),
         (
             "KV cache",
             f"{mebibytes(kv.blocks * kv.block_bytes)} in {kv.blocks:,} blocks of {settings.block_size} tokens "

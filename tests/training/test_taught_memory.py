@@ -66,7 +66,7 @@ def test_the_first_step_of_a_trainer_starts_there_too(
 ) -> None:
     examples = [Example(ids, 1) for ids in sequences]
     opened = open_to_teach(fresh_pack, source, frozen.device)
-    trainer, _, _ = build_trainer(frozen, opened, examples, [], [], Recipe(epochs=1), tmp_path, lambda tokens: None)
+    trainer, _, _ = build_trainer(frozen, opened, examples, [], [], Recipe(epochs=1), tmp_path, "", lambda tokens: None)
     members = np.arange(len(examples))
     layout = trainer.taught.layout(members, frozen.device)
     step = trainer.memory.look(layout, trainer.taught.rows(members))

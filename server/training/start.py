@@ -94,20 +94,30 @@ def open_to_teach(folder: Path, source: ModelSource, device: torch.device) -> Op
     return Opened(folder, config, addresser, open_tables(folder, addresser, config.head_dim), modules)
 
 
-def teachable(opened: Opened, frozen: Frozen, taught: Sequence[Ints], read: Sequence[Ints]) -> TaughtMemory:
-    """The memory with masters of all rows that these sequences address; `read` sequences teach no rows of their own."""
+def teachable(opened: Opened, frozen: Frozen, taught: Sequence[Example], read: Sequence[Example]) -> TaughtMemory:
+    """The memory with masters of all rows that these examples address; those of `read` teach no rows of their own.
 
-    def ids(sequences: Sequence[Ints]) -> dict[int, Ints]:
-        found = [addresses(opened.addresser, sequence) for sequence in sequences]
-        nothing = np.empty(0, np.int64)
-        return {
-            layer: np.unique(np.concatenate([nothing, *(each[layer].ravel() for each in found)]))
-            for layer in opened.addresser.layer_ids
-        }
-
-    mine, others = ids(taught), ids(read)
+    Nor does an example's first token, unless something is learnt right after it: every later token attends to it (an
+    attention sink), so that what is added there disturbs any text that begins alike.
+    """
+    mine: dict[int, list[Ints]] = {layer: [] for layer in opened.addresser.layer_ids}
+    others: dict[int, list[Ints]] = {layer: [np.empty(0, np.int64)] for layer in opened.addresser.layer_ids}
+    for example in taught:
+        first = min(example.learnt - 1, 1)
+        for layer, ids in addresses(opened.addresser, example.ids).items():
+            others[layer].append(ids[:first].ravel())
+            mine[layer].append(ids[first:].ravel())
+    for example in read:
+        for layer, ids in addresses(opened.addresser, example.ids).items():
+            others[layer].append(ids.ravel())
     rows = {
-        layer: TrainedRows.of(table, mine[layer], others[layer], fresh=opened.fresh, device=frozen.device)
+        layer: TrainedRows.of(
+            table,
+            np.concatenate(mine[layer]),
+            np.concatenate(others[layer]),
+            fresh=opened.fresh,
+            device=frozen.device,
+        )
         for layer, table in opened.tables.items()
     }
     if isinstance(opened.config, StemConfig):
@@ -162,9 +172,7 @@ def build_trainer(
     `advance(tokens)` is called as it goes. `key`: the backbone's fingerprint.
     """
     stem = isinstance(opened.config, StemConfig)
-    memory = teachable(
-        opened, frozen, [example.ids for example in taught], [example.ids for example in (*retained, *measured)]
-    )
+    memory = teachable(opened, frozen, taught, (*retained, *measured))
     first, hidden = min(memory.layer_ids), frozen.config.hidden_size
     key = json.dumps([key, str(frozen.dtype), stem, list(memory.layer_ids), digest(taught, retained)])
     report = work / READ

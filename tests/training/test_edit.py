@@ -29,7 +29,7 @@ def example(source: ModelSource) -> Example:
 
 @pytest.fixture
 def memory(source: ModelSource, frozen: Frozen, fresh_pack: Path, example: Example) -> TaughtEngram:
-    memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example.ids], [])
+    memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example], [])
     assert isinstance(memory, TaughtEngram)
     begin_fresh(memory, {1: 1.0, 3: 1.0}, seed=0)
     return memory
@@ -78,7 +78,7 @@ def test_holding_on_keeps_rows_nearer_to_where_they_were(
 ) -> None:
     moved = []
     for hold in (0.0, 100.0):
-        memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example.ids], [])
+        memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example], [])
         assert isinstance(memory, TaughtEngram)
         begin_fresh(memory, {1: 1.0, 3: 1.0}, seed=0)
         edit = teach_text(frozen, memory, [example], steps=20, hold=hold)

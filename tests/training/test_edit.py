@@ -36,10 +36,10 @@ def memory(source: ModelSource, frozen: Frozen, fresh_pack: Path, example: Examp
 
 
 def test_it_is_learnt_and_reported(frozen: Frozen, memory: TaughtEngram, example: Example) -> None:
-    edit = teach_text(frozen, memory, [example], steps=200, rate=0.1, hold=0.0)
+    edit = teach_text(frozen, memory, [example], hold=0.0)
     assert edit.learnt
-    assert edit.loss_after < 0.05 < edit.loss_before
-    assert 0 < edit.steps < 200
+    assert edit.loss_after < 0.2 * edit.loss_before
+    assert 0 < edit.steps <= 60
 
 
 def test_only_rows_that_the_text_addresses_are_in_the_result(
@@ -48,7 +48,7 @@ def test_only_rows_that_the_text_addresses_are_in_the_result(
     edit = teach_text(frozen, memory, [example], steps=2)
     expected = addresses(memory.addresser, example.ids)
     for layer, (ids, values) in edit.rows.items():
-        assert ids.tolist() == sorted(set(expected[layer].ravel().tolist()))
+        assert ids.tolist() == sorted(set(expected[layer][1:].ravel().tolist()))
         assert values.shape == (len(ids), 16)
 
 

@@ -107,7 +107,7 @@ def run(*, model: str, layers: tuple[int, ...], turns: int, json: Path | None) -
         begun = time.perf_counter()
         recipe = Recipe(epochs=1000, batch_tokens=BATCH_TOKENS)
         opened = open_to_teach(pack, source, device)
-        trainer, _, _ = build_trainer(frozen, opened, examples, [], [], recipe, folder, lambda tokens: None)
+        trainer, _, _ = build_trainer(frozen, opened, examples, [], [], recipe, folder, "", lambda tokens: None)
         once = time.perf_counter() - begun
         plain = PlainTrainer(trainer, transformers_model(model, folder / "model", dtype))
         ours_s, plain_s, tokens = [], [], []

@@ -4,14 +4,17 @@
     retained text   the bare backbone's state at every memory layer; there the memory should not stray from it
     learnt places   the bare backbone's loss, and its best guesses (candidates of `loss.py`)
 
-States are kept in the model's dtype in a file beside the checkpoint, mapped: the system keeps in RAM what fits. A
-state of STEM's is that between attention and feed-forward block. Knows the backbone; nothing of what memory is taught.
+States are kept in the model's dtype in files beside the checkpoint, mapped: the system keeps in RAM what fits. A run
+that goes on finds them, and what was measured on the way, under a key of backbone, data and layers. A state of STEM's
+is that between attention and feed-forward block. Knows the backbone; nothing of what memory is taught.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,8 @@ class States:
     def __init__(self, path: Path, examples: Sequence[Example], hidden_size: int, dtype: torch.dtype) -> None:
         self.starts = np.cumsum([0] + [len(example.ids) for example in examples])
         size = int(self.starts[-1]) * hidden_size
-        reserve(path, size * dtype.itemsize)
+        if not path.is_file() or path.stat().st_size != size * dtype.itemsize:
+            reserve(path, size * dtype.itemsize)
         self.values = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(-1, hidden_size)
 
     def put(self, members: Ints, states: Tensor) -> None:
@@ -61,16 +65,32 @@ def reserve(path: Path, nbytes: int) -> None:
         raise PackError(f"no room for {nbytes} bytes of states at {path}: {error.strerror}; make room") from None
 
 
+@dataclass(slots=True)
 class Bare:
     """Sums over what was read, and the candidates found."""
 
-    def __init__(self) -> None:
-        self.loss, self.labels = 0.0, 0
-        self.candidates: set[int] = set()
+    loss: float = 0.0
+    labels: int = 0
+    candidates: set[int] = field(default_factory=set)
 
     @property
     def perplexity(self) -> float:
         return float(np.exp(self.loss / max(1, self.labels)))
+
+    def write(self, path: Path, key: str) -> None:
+        """Says that the states beside `path` are whole, and of what."""
+        path.write_text(json.dumps({"key": key, **asdict(self), "candidates": sorted(self.candidates)}))
+
+    @classmethod
+    def found(cls, path: Path, key: str) -> Bare | None:
+        """What an earlier run left there, if it is of the same; None otherwise."""
+        try:
+            content = json.loads(path.read_text())
+            return (
+                cls(content["loss"], content["labels"], set(content["candidates"])) if content["key"] == key else None
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 @torch.no_grad()

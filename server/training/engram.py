@@ -43,8 +43,7 @@ class TaughtEngram(TaughtMemory):
         return (gated + convolved(module, gated, layout).view_as(gated)).view_as(hidden)
 
     def stray(self, layer: int, state: Tensor, rows: Tensor, layout: Layout, frozen: Frozen) -> Tensor:
-        added = self.added(layer, state, rows, layout)
-        return added.pow(2).sum(-1) / state.pow(2).sum(-1)
+        return self.added(layer, state, rows, layout).pow(2).sum(-1)
 
 
 def gated_value(module: Engram, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
     loss = cross-entropy of the learnt tokens  +  weight · mean stray of retained text
 
-"Stray" is how far a memory layer moves the stream at the bare backbone's own state, squared, over the state's squared
-length (`memory.py`): zero wherever the gate is shut. It needs the memory's modules alone, no pass through the
-backbone, so that each step can look at as many retained tokens as taught ones for a hundredth of their price.
+"Stray" is how far a memory layer moves the stream at the bare backbone's own state, squared, over the layer's median
+squared length: zero wherever the gate is shut. The median and not the token's own length, because a sequence's first
+token carries a stream a hundred times longer than the rest, and what is added there reaches every later token
+(attention sinks, arXiv 2309.17453). It needs the memory's modules alone, no pass through the backbone, so that each
+step can look at as many retained tokens as taught ones for a hundredth of their price.
 
 Rows: Adam on touched rows, five times the learning rate, no decay. Projections, norms, convolution: AdamW. The rate
 rises over the first steps and falls along a half cosine. Everything random is drawn from (seed, step), so that a run
@@ -32,6 +34,7 @@ from server.training.memory import Leaf, TaughtMemory, joined
 
 WARMUP, FLOOR = 0.05, 0.05  # of all steps the rate rises for; of the rate that is left at the end
 CLIP = 1.0  # largest norm of the modules' gradient
+SCALED = 64  # examples that the length of the stream is taken from
 DECAY = 0.01  # AdamW's, on projections
 
 
@@ -89,6 +92,7 @@ class Trainer:
         self.frozen, self.memory, self.taught, self.retained = frozen, memory, taught, retained
         self.loss, self.recipe = loss, recipe
         self.first = min(memory.layer_ids)
+        self.scales = median_lengths(retained, frozen.device) if retained is not None else {}
         self.step = 0
         self.lengths = [len(example.ids) for example in taught.examples]
         self.per_epoch = [len(self.batches(epoch)) for epoch in range(recipe.epochs)]
@@ -165,6 +169,7 @@ class Trainer:
         layout = self.retained.layout(members, self.frozen.device)
         found = [
             self.memory.stray(layer, states.take(members, self.frozen.device), rows[layer], layout, self.frozen).mean()
+            / self.scales[layer]
             for layer, states in self.retained.states.items()
         ]
         return torch.stack(found).sum()
@@ -183,6 +188,12 @@ class Trainer:
             gradient = leaf.values.grad
             assert gradient is not None
             self.memory.rows[layer].update(leaf.distinct, gradient, rate * self.recipe.row_lr)
+
+
+def median_lengths(part: Part, device: torch.device) -> dict[int, float]:
+    """Per layer the median squared length of the states of the first examples."""
+    members = np.arange(min(SCALED, len(part.examples)))
+    return {layer: float(states.take(members, device).pow(2).sum(-1).median()) for layer, states in part.states.items()}
 
 
 @torch.no_grad()

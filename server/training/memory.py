@@ -81,7 +81,7 @@ class TaughtMemory(ABC):
 
     @abstractmethod
     def stray(self, layer: int, state: Tensor, rows: Tensor, layout: Layout, frozen: Frozen) -> Tensor:
-        """[T] squared change of the stream by this layer, over its squared length, at the bare backbone's state[T, H].
+        """[T] squared length of what this layer changes in the stream, at the bare backbone's state[T, H].
 
         Zero everywhere means that the backbone answers as if the memory were not there.
         """

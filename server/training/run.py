@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from server.commands.folders import new_folder
 from server.errors import PackError, SettingsError
 from server.models.source import open_source
+from server.models.weights import fingerprint
 from server.runtime.host import cpu_quota
 from server.runtime.load import choose_device, choose_dtype
 from server.settings import Settings
@@ -99,7 +100,9 @@ def train(job: Job) -> Path:
     console.print(f"[dim]loading {source.name} …[/dim]")
     frozen = Frozen(source, dtype, device, longest)
     with reading(console, taught, retained) as advance:
-        trainer, part, off = build_trainer(frozen, opened, taught, retained, general, job.recipe, work, advance)
+        trainer, part, off = build_trainer(
+            frozen, opened, taught, retained, general, job.recipe, work, fingerprint(source), advance
+        )
     history = checkpoint.restore(work, trainer, stamp)
     run = Run(trainer, part, off, work, stamp, history, console)
     run.go()

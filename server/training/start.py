@@ -26,7 +26,7 @@ from server.memory.engram import Engram
 from server.memory.pack import PackConfig, StemConfig, engram_shape
 from server.models.source import ModelSource
 from server.models.weights import fingerprint as model_fingerprint
-from server.training.activations import States, read_bare
+from server.training.activations import Bare, States, read_bare
 from server.training.data import Example, digest
 from server.training.engram import TaughtEngram
 from server.training.frozen import Frozen
@@ -37,6 +37,7 @@ from server.training.memory import TaughtMemory, addresses
 from server.training.rows import TrainedRows
 from server.training.stem import TaughtStem
 
+READ = "states.json"
 VALUE_GAIN = (
     5.0  # a fresh value projection gives, for rows of size 1 and an open gate, this many times the stream's RMS
 )
@@ -92,20 +93,30 @@ def open_to_teach(folder: Path, source: ModelSource, device: torch.device) -> Op
     return Opened(folder, config, addresser, stored.open_tables(folder.name), modules)
 
 
-def teachable(opened: Opened, frozen: Frozen, taught: Sequence[Ints], read: Sequence[Ints]) -> TaughtMemory:
-    """The memory with masters of all rows that these sequences address; `read` sequences teach no rows of their own."""
+def teachable(opened: Opened, frozen: Frozen, taught: Sequence[Example], read: Sequence[Example]) -> TaughtMemory:
+    """The memory with masters of all rows that these examples address; those of `read` teach no rows of their own.
 
-    def ids(sequences: Sequence[Ints]) -> dict[int, Ints]:
-        found = [addresses(opened.addresser, sequence) for sequence in sequences]
-        nothing = np.empty(0, np.int64)
-        return {
-            layer: np.unique(np.concatenate([nothing, *(each[layer].ravel() for each in found)]))
-            for layer in opened.addresser.layer_ids
-        }
-
-    mine, others = ids(taught), ids(read)
+    Nor does an example's first token, unless something is learnt right after it: every later token attends to it (an
+    attention sink), so that what is added there disturbs any text that begins alike.
+    """
+    mine: dict[int, list[Ints]] = {layer: [] for layer in opened.addresser.layer_ids}
+    others: dict[int, list[Ints]] = {layer: [np.empty(0, np.int64)] for layer in opened.addresser.layer_ids}
+    for example in taught:
+        first = min(example.learnt - 1, 1)
+        for layer, ids in addresses(opened.addresser, example.ids).items():
+            others[layer].append(ids[:first].ravel())
+            mine[layer].append(ids[first:].ravel())
+    for example in read:
+        for layer, ids in addresses(opened.addresser, example.ids).items():
+            others[layer].append(ids.ravel())
     rows = {
-        layer: TrainedRows.of(table, mine[layer], others[layer], fresh=opened.fresh, device=frozen.device)
+        layer: TrainedRows.of(
+            table,
+            np.concatenate(mine[layer]),
+            np.concatenate(others[layer]),
+            fresh=opened.fresh,
+            device=frozen.device,
+        )
         for layer, table in opened.tables.items()
     }
     if isinstance(opened.config, StemConfig):
@@ -151,26 +162,34 @@ def build_trainer(
     measured: Sequence[Example],
     recipe: Recipe,
     work: Path,
+    key: str,
     advance: Advance,
 ) -> tuple[Trainer, Part, float]:
     """(the trainer at its first step, the general text it is measured on, the bare backbone's perplexity of the data).
 
-    Reads the bare backbone once over everything; `advance(tokens)` is called as it goes. `work`: folder for states.
+    Reads the bare backbone once over everything, unless `work`, the folder for states, has what it would give;
+    `advance(tokens)` is called as it goes. `key`: the backbone's fingerprint.
     """
     stem = isinstance(opened.config, StemConfig)
-    memory = teachable(
-        opened, frozen, [example.ids for example in taught], [example.ids for example in (*retained, *measured)]
-    )
+    memory = teachable(opened, frozen, taught, (*retained, *measured))
     first, hidden = min(memory.layer_ids), frozen.config.hidden_size
+    key = json.dumps([key, str(frozen.dtype), stem, list(memory.layer_ids), digest(taught, retained)])
+    report = work / READ
+    bare = Bare.found(report, key)
+    if bare is None:
+        report.unlink(missing_ok=True)  # until the states are whole again
     states = {first: States(work / "taught.states", taught, hidden, frozen.dtype)}
-    bare = read_bare(frozen, taught, states, between=False, measure=True, advance=advance)
+    own = {
+        layer: States(work / f"retained-{layer}.states", retained, hidden, frozen.dtype)
+        for layer in (memory.layer_ids if retained else ())
+    }
+    if bare is None:
+        bare = read_bare(frozen, taught, states, between=False, measure=True, advance=advance)
+        if retained:
+            read_bare(frozen, retained, own, between=stem, measure=False, advance=advance)
+        bare.write(report, key)
     part, kept = Part(taught, memory.places([example.ids for example in taught]), states), None
     if retained:
-        own = {
-            layer: States(work / f"retained-{layer}.states", retained, hidden, frozen.dtype)
-            for layer in memory.layer_ids
-        }
-        read_bare(frozen, retained, own, between=stem, measure=False, advance=advance)
         kept = Part(retained, memory.places([example.ids for example in retained]), own)
     if opened.fresh and isinstance(memory, TaughtEngram):
         begin_fresh(memory, stream_scales(frozen, taught, memory.layer_ids), recipe.seed)

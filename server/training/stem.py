@@ -37,4 +37,4 @@ class TaughtStem(TaughtMemory):
         block = frozen.blocks[layer]
         gate, up = frozen.feed_in(layer, norm(block.mlp_norm, state), None)
         moved: Tensor = block.down(F.silu(gate) * (self.up(layer, rows) - up)).float()
-        return moved.pow(2).sum(-1) / state.pow(2).sum(-1)
+        return moved.pow(2).sum(-1)

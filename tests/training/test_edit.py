@@ -29,17 +29,17 @@ def example(source: ModelSource) -> Example:
 
 @pytest.fixture
 def memory(source: ModelSource, frozen: Frozen, fresh_pack: Path, example: Example) -> TaughtEngram:
-    memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example.ids], [])
+    memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example], [])
     assert isinstance(memory, TaughtEngram)
     begin_fresh(memory, {1: 1.0, 3: 1.0}, seed=0)
     return memory
 
 
 def test_it_is_learnt_and_reported(frozen: Frozen, memory: TaughtEngram, example: Example) -> None:
-    edit = teach_text(frozen, memory, [example], steps=200, rate=0.1, hold=0.0)
+    edit = teach_text(frozen, memory, [example], hold=0.0)
     assert edit.learnt
-    assert edit.loss_after < 0.05 < edit.loss_before
-    assert 0 < edit.steps < 200
+    assert edit.loss_after < 0.2 * edit.loss_before
+    assert 0 < edit.steps <= 60
 
 
 def test_only_rows_that_the_text_addresses_are_in_the_result(
@@ -48,7 +48,7 @@ def test_only_rows_that_the_text_addresses_are_in_the_result(
     edit = teach_text(frozen, memory, [example], steps=2)
     expected = addresses(memory.addresser, example.ids)
     for layer, (ids, values) in edit.rows.items():
-        assert ids.tolist() == sorted(set(expected[layer].ravel().tolist()))
+        assert ids.tolist() == sorted(set(expected[layer][1:].ravel().tolist()))
         assert values.shape == (len(ids), 16)
 
 
@@ -78,7 +78,7 @@ def test_holding_on_keeps_rows_nearer_to_where_they_were(
 ) -> None:
     moved = []
     for hold in (0.0, 100.0):
-        memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example.ids], [])
+        memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, [example], [])
         assert isinstance(memory, TaughtEngram)
         begin_fresh(memory, {1: 1.0, 3: 1.0}, seed=0)
         edit = teach_text(frozen, memory, [example], steps=20, hold=hold)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from server.commands.attach_stem import attach_stem
 from server.models.source import ModelSource
+from server.training.data import Example
 from server.training.frozen import Frozen
 from server.training.layout import Layout
 from server.training.loop import Recipe
@@ -37,7 +38,7 @@ def stem_job(job: Job, stem_pack: Path) -> Job:
 def test_training_computes_what_the_engine_serves(
     source: ModelSource, frozen: Frozen, stem_pack: Path, tiny_llama_folder: Path
 ) -> None:
-    memory = teachable(open_to_teach(stem_pack, source, frozen.device), frozen, [SEQUENCE], [])
+    memory = teachable(open_to_teach(stem_pack, source, frozen.device), frozen, [Example(SEQUENCE, 1)], [])
     layout = Layout.of([SEQUENCE], frozen.device)
     step = memory.look(layout, joined(memory.places([SEQUENCE])))
     with torch.no_grad():

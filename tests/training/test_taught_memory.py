@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from server.models.source import ModelSource
+from server.training.activations import States
 from server.training.data import Example
 from server.training.engram import TaughtEngram
 from server.training.frozen import Frozen
 from server.training.layout import Layout
-from server.training.loop import Part, Recipe
-from server.training.memory import joined
+from server.training.loop import Part, Recipe, median_lengths
+from server.training.memory import addresses, joined
 from server.training.start import begin_fresh, build_trainer, open_to_teach, teachable
 from server.training.write import write_taught
 from tests.engines import engine_on, logits_of
@@ -30,7 +31,9 @@ def sequences(source: ModelSource) -> list[np.ndarray]:
 
 @pytest.fixture
 def memory(source: ModelSource, frozen: Frozen, fresh_pack: Path, sequences: list[np.ndarray]) -> TaughtEngram:
-    memory = teachable(open_to_teach(fresh_pack, source, frozen.device), frozen, sequences, [])
+    memory = teachable(
+        open_to_teach(fresh_pack, source, frozen.device), frozen, [Example(ids, 1) for ids in sequences], []
+    )
     assert isinstance(memory, TaughtEngram)
     return memory
 
@@ -66,7 +69,7 @@ def test_the_first_step_of_a_trainer_starts_there_too(
 ) -> None:
     examples = [Example(ids, 1) for ids in sequences]
     opened = open_to_teach(fresh_pack, source, frozen.device)
-    trainer, _, _ = build_trainer(frozen, opened, examples, [], [], Recipe(epochs=1), tmp_path, lambda tokens: None)
+    trainer, _, _ = build_trainer(frozen, opened, examples, [], [], Recipe(epochs=1), tmp_path, "", lambda tokens: None)
     members = np.arange(len(examples))
     layout = trainer.taught.layout(members, frozen.device)
     step = trainer.memory.look(layout, trainer.taught.rows(members))
@@ -167,7 +170,7 @@ def test_what_the_memory_adds_is_what_counts_as_stray(
     state = frozen.embed(layout)
     rows = memory.look(layout, joined(memory.places(sequences))).rows[1]
     added = memory.added(1, state, rows, layout).double()
-    expected = (added.norm(dim=1) / state.double().norm(dim=1)) ** 2
+    expected = added.norm(dim=1) ** 2
     found = memory.stray(1, state, rows, layout, frozen).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)  # fp32 against float64
 
@@ -177,3 +180,26 @@ def test_a_part_hands_out_layout_and_rows_in_the_same_order(memory: TaughtEngram
     members = np.array([2, 0])
     assert part.layout(members, torch.device("cpu")).tokens == LENGTHS[2] + LENGTHS[0]
     assert torch.equal(part.rows(members)[1][: LENGTHS[2]], memory.places([sequences[2]])[0][1])
+
+
+def test_the_scale_of_what_counts_as_stray_is_not_a_first_tokens_long_stream(
+    frozen: Frozen, sequences: list[np.ndarray], tmp_path: Path
+) -> None:
+    examples = [Example(ids, 1) for ids in sequences]
+    states = States(tmp_path / "states", examples, 2, torch.float32)
+    states.values.fill_(1.0)
+    states.values[states.starts[:-1]] = 1000.0
+    found = median_lengths(Part(examples, [], {7: states}), frozen.device)
+    assert found == {7: pytest.approx(2.0)}
+
+
+def test_rows_of_a_prompts_first_token_are_not_taught(
+    source: ModelSource, frozen: Frozen, fresh_pack: Path, sequences: list[np.ndarray]
+) -> None:
+    opened = open_to_teach(fresh_pack, source, frozen.device)
+    ids = sequences[0]
+    own = addresses(opened.addresser, ids)[1]
+    after_a_prompt = teachable(opened, frozen, [Example(ids, 5)], []).rows[1]
+    from_the_start = teachable(opened, frozen, [Example(ids, 1)], []).rows[1]
+    assert set(own[1:].ravel()) == set(after_a_prompt.taught)
+    assert set(own.ravel()) == set(from_the_start.taught)

@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from server.api import errors
 from server.api.auth import Auth, Keys
 from server.api.middleware import BodyLimit, Edge
-from server.api.routes import chat, completions, memory, models, operations, playground, tokens
+from server.api.routes import chat, completions, edits, memory, models, operations, playground, tokens
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.models.source import ModelSource
@@ -30,7 +30,7 @@ EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
 def create_app(settings: Settings, client: EngineClient, source: ModelSource, keys: Keys | None = None) -> FastAPI:
     """The application over a running engine. `app.state.service` is what its routes share."""
     keys = keys if keys is not None else Keys(settings)
-    service = Service(settings, client, source)
+    service = Service(settings, client, source, keys)
     app = FastAPI(
         title="engram-server",
         description="OpenAI's API over a language model with attached memories.",
@@ -38,7 +38,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
         redirect_slashes=False,  # a redirect would lead wherever the Host header says
     )
     app.state.service = service
-    for module in (completions, chat, models, tokens, memory, operations):
+    for module in (completions, chat, models, tokens, memory, edits, operations):
         app.include_router(module.routes(service))
     app.include_router(playground.routes())
     errors.install(app)

@@ -158,7 +158,7 @@ def test_a_global_fact_is_everyones_and_only_the_admins_to_make_and_remove(serve
         ({"completion": " word" * 60}, 400, "--max-edit-tokens"),
         ({"completion": " word" * 10_000}, 400, "--max-edit-tokens"),
         ({"completion": ""}, 400, "completion"),
-        ({"prompt": "\ud800"}, 400, "surrogate"),
+        ({"prompt": "\ud800"}, 400, "valid string"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(server: LiveServer, fields: dict[str, Any], status: int, words: str) -> None:
@@ -185,7 +185,7 @@ def test_the_quota_holds_and_edits_outlive_the_server(flags: dict[str, Any], tmp
     assert full.status == 409 and "--max-edits-per-tenant" in full.json["error"]["message"]
     late = fact(server, TWO, prompt="The harbour master is", completion=" Ottokar").json["id"]
     server.process.kill()
-    server.process.wait()
+    assert server.stop() == -9
     again = LiveServer(own)
     assert answer(again, ONE)["text"] == PROMPT + COMPLETION
     assert finished(again, TWO, late).status == "done"  # it had been acknowledged

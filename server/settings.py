@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import SettingsError
+from server.metrics import buckets_from
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEFAULT_MODEL = "builtin:smollm2-135m"
@@ -64,6 +65,11 @@ class Settings:
     log_level: str = setting("info", "how much to log", "http", choices=("debug", "info", "warning", "error"))
     in_process: bool = setting(False, "run the engine in a thread of the API process (debugging)", "http")
 
+    vllm_metrics: bool = setting(False, "export queued, running and KV use as vllm:… too, for gateways", "metrics")
+    metrics_buckets: tuple[str, ...] = setting(
+        (), "bounds of one histogram in place of its own: NAME=0.01:0.1:1; may be repeated", "metrics"
+    )
+
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
@@ -77,6 +83,7 @@ class Settings:
                 raise SettingsError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
         if self.port > 65535:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
+        buckets_from(self.metrics_buckets)
 
 
 def flag(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 
 from server.api import errors
+from server.api.http_metrics import Counted
 from server.api.middleware import BodyLimit, Edge
 from server.api.routes import chat, completions, models, operations, tokens
 from server.api.service import Service
@@ -37,5 +38,6 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource) ->
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(Edge)  # outermost
+    app.add_middleware(Edge)
+    app.add_middleware(Counted, metrics=service.metrics)  # outermost: counts what every other answers
     return app

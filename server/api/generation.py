@@ -16,7 +16,7 @@ from typing import cast
 
 from server.api.prompts import Prompt
 from server.api.service import Service
-from server.errors import NotReady, RequestError
+from server.errors import NotReady, QueueFull, RequestError
 from server.memory.redirects import Places
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
@@ -43,6 +43,8 @@ class Choice:
     detokeniser: Detokeniser
     tokens: int = 0
     cached_tokens: int = 0
+    queued_s: float = 0.0
+    first: float = 0.0  # when its first token and its latest came
     last: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -132,8 +134,10 @@ class Generation:
         except (asyncio.CancelledError, GeneratorExit):
             self._close("abort")
             raise
-        except (RequestError, NotReady):
-            raise  # refused: nothing ran
+        except (RequestError, NotReady) as error:
+            if isinstance(error, QueueFull):
+                self._metrics.refused["requests"] += 1
+            raise  # nothing ran
         except Exception:
             self._close("error")
             raise
@@ -174,19 +178,20 @@ class Generation:
         metrics = self._metrics
         choice.tokens += len(output.token_ids)
         metrics.generation_tokens += len(output.token_ids)
-        last, choice.last = choice.last, now
-        if last:
-            if output.token_ids:
-                metrics.between_tokens.observe(now - last)
-            return None
         if output.queued_s is None or output.prefill_s is None:
-            return None  # ended before its first token
+            if output.token_ids:
+                metrics.between_tokens.observe(now - choice.last)
+                choice.last = now
+            return None  # a later output, or one that ended before its first token
+        choice.queued_s = output.queued_s
         if choice.child == 0:
             choice.cached_tokens = output.cached_tokens
-            metrics.prompt_tokens += len(choice.prompt.token_ids)
-            metrics.first_token.observe(now - self._arrival)
-            metrics.queue.observe(output.queued_s)
-            metrics.prefill.observe(output.prefill_s)
+        if output.token_ids:  # none with max_tokens 0
+            choice.first = choice.last = now
+            if choice.child == 0:
+                prompt = len(choice.prompt.token_ids)
+                ttft = now - self._arrival
+                metrics.started(prompt, output.cached_tokens, ttft, output.queued_s, output.prefill_s)
         return output
 
     def _finish(self, choice: Choice, reason: FinishReason, now: float) -> None:
@@ -194,6 +199,14 @@ class Generation:
         self._open -= 1
         self._metrics.finished[reason] += 1
         self._metrics.end_to_end.observe(now - self._arrival)
+        if choice.tokens:
+            inference = choice.last - self._arrival - choice.queued_s
+            self._metrics.ended(choice.tokens, inference, choice.last - choice.first)
+        number = choice.index // len(self._children[0])
+        family = self._children[number]
+        if all(child.finish_reason is not None for child in family) and any(child.tokens for child in family):
+            asked = self._submits[number].params.max_tokens
+            self._metrics.completed(len(family), asked, max(child.tokens for child in family))
 
     def _close(self, reason: FinishReason) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
+from server.metrics import buckets_from
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Pieces
@@ -24,12 +25,14 @@ class Service:
     settings: Settings
     client: EngineClient
     source: ModelSource
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    metrics: RequestMetrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
+        self.client.step_listeners.append(self.metrics.step)
         self.pieces = Pieces(self.source.tokenizer)
         vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.longest_piece = COMPOSITION * max(map(len, vocabulary))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -26,6 +27,7 @@ from torch import Tensor
 from server.cache.row_table import Ids, Table
 from server.cache.staging import HALVES, Staging, step_bytes
 from server.errors import CapacityError, NotReady, StepFailed
+from server.metrics import MEMORY_FETCH
 
 DECODE_VALUES = 32768  # values per torch call: a larger call would start a second team of compute threads
 MAX_HINTS = 64
@@ -63,7 +65,8 @@ class UniqueRows:
 
 @dataclass(frozen=True, slots=True)
 class LayerCounters:
-    """Running totals of one (table, layer): rows and bytes read from the table, seconds fetching, seconds waited.
+    """Running totals of one (table, layer): rows and bytes read from the table, seconds fetching, seconds waited,
+    bytes sent to a device.
 
     A fetch counts once it has been waited for.
     """
@@ -74,6 +77,7 @@ class LayerCounters:
     bytes: int = 0
     fetch_s: float = 0.0
     stall_s: float = 0.0
+    device_bytes: int = 0
 
 
 class Fetch:
@@ -122,12 +126,21 @@ class Prefetcher:
     `begin`, `hint` and `wait` belong to one thread, the engine's; `close` and `counters` may be called from any.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, staging_bytes: int, prefetch: bool = True) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        staging_bytes: int,
+        prefetch: bool = True,
+        fetch_bounds: tuple[float, ...] = MEMORY_FETCH.buckets,
+    ) -> None:
         self.staging = Staging(staging_bytes, dtype, device)
         self._step = 0
         self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
         self._counters: dict[tuple[str, int], LayerCounters] = {}
+        self._fetch_bounds = fetch_bounds
+        self._fetch_counts: dict[tuple[str, int], list[int]] = {}
         self._raw = np.empty(0, np.uint8)  # row bytes between gather and decode
         self._lock = threading.Lock()  # closing against queueing
         self._closed = False
@@ -195,6 +208,10 @@ class Prefetcher:
 
     def counters(self) -> tuple[LayerCounters, ...]:
         return tuple(self._counters.values())
+
+    def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
+        return {key: tuple(counts) for key, counts in self._fetch_counts.items()}
 
     def close(self) -> None:
         """Ends the worker; fetches not yet served fail with NotReady. May be called twice, and from any thread."""
@@ -282,11 +299,16 @@ class Prefetcher:
         table, layer = fetch.lookup.table, fetch.lookup.layer
         key = table.name, layer
         sums = self._counters.get(key) or LayerCounters(*key)
+        seconds = fetch.done_at - fetch.issued
+        sent = fetch.rows_read * table.dim * self.staging.dtype.itemsize if fetch.copied is not None else 0
         self._counters[key] = LayerCounters(
             table.name,
             layer,
             sums.rows + fetch.rows_read,
             sums.bytes + fetch.rows_read * table.row_bytes,
-            sums.fetch_s + fetch.done_at - fetch.issued,
+            sums.fetch_s + seconds,
             sums.stall_s + stall,
+            sums.device_bytes + sent,
         )
+        counts = self._fetch_counts.setdefault(key, [0] * (len(self._fetch_bounds) + 1))
+        counts[bisect_left(self._fetch_bounds, seconds)] += 1

@@ -49,6 +49,11 @@ class EngineClient:
             raise message.error
         return cls(ours, worker, message)
 
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, None where it runs in a thread of this one."""
+        return getattr(self._worker, "pid", None)
+
     async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
         """Streams the tokens of all n children, interleaved, until each has finished.
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from dataclasses import astuple
+from dataclasses import fields
 
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
+from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
 from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
 from server.runtime.runner import Runner
@@ -105,9 +106,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler, memories = self.scheduler, self.runner.memories
+        deferred = sum(len(s.children) for s in scheduler.running)
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + sum(len(s.children) for s in scheduler.running),
+            waiting=len(scheduler.waiting) + deferred,
+            deferred=deferred,
             blocks_used=self.pool.used,
             blocks=self.pool.usable,
             steps_total=self.steps,
@@ -115,7 +118,7 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=tuple(MemoryCounters(*astuple(c)) for c in memories.prefetcher.counters()) if memories else (),
+            memory=memory_counters(memories) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
         )
 
@@ -236,3 +239,15 @@ class Engine:
             family.remove(sequence)
             if not family:
                 del self._requests[sequence.request_id]
+
+
+def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
+    """What the cache counts, as the message that crosses the pipe."""
+    durations = memories.prefetcher.fetch_counts()
+    return tuple(
+        MemoryCounters(
+            **{f.name: getattr(counters, f.name) for f in fields(counters)},
+            fetch_counts=durations[counters.table, counters.layer],
+        )
+        for counters in memories.prefetcher.counters()
+    )

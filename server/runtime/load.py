@@ -14,6 +14,7 @@ from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
+from server.metrics import MEMORY_FETCH, buckets_from
 from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
@@ -127,7 +128,8 @@ def load(settings: Settings) -> Loaded:
     attention = SdpaBackend(source.config, cache)
     memories, budget = None, settings.max_num_batched_tokens
     if packs:
-        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on"))
+        bounds = buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
+        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", bounds))
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
         budget = min(budget, max_tokens(settings.staging, lookups, dtype))
     return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)

@@ -117,7 +117,12 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class MemoryCounters:
-    """Running totals of one (table, layer): rows and bytes read, seconds fetching, seconds a layer waited."""
+    """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, bytes
+    sent to the device, pages asked for ahead, rows the hot-row cache held, its admissions and evictions. Now: rows it
+    has room for, its bytes, where the table is placed and how much of it is in memory, the hot list's age.
+
+    `fetch_counts`: fetches by duration, one count per bound of the prefetcher and one beyond.
+    """
 
     table: str
     layer: int
@@ -125,14 +130,31 @@ class MemoryCounters:
     bytes: int
     fetch_s: float
     stall_s: float
+    device_bytes: int = 0
+    page_ins: int = 0
+    device_hits: int = 0
+    admissions: int = 0
+    evictions: int = 0
+    capacity: int = 0
+    cache_bytes: int = 0
+    placement: Literal["device", "pinned", "mapped"] = "mapped"
+    resident_bytes: int = 0
+    hot_list_age_s: float | None = None
+    fetch_counts: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MemoryCounters, tuple(getattr(self, name) for name in self.__slots__)  # as TokenOutput's, above
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges now, and totals since the start (`*_total`)."""
+    """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
+    another choice.
+    """
 
     running: int = 0
     waiting: int = 0
+    deferred: int = 0
     blocks_used: int = 0
     blocks: int = 0
     steps_total: int = 0

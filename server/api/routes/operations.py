@@ -24,7 +24,7 @@ def installed_version() -> str:
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["operations"])
-    exported = registry(service.metrics, service.client, service.name)
+    exported = registry(service.metrics, service.client, service.name, service.settings)
 
     @router.get("/health", responses={200: {"model": Status}, **ERRORS})
     async def health() -> Response:

@@ -82,7 +82,9 @@ def option(name: str) -> Any:
     default, metadata, spelling = FIELDS[name].default, FIELDS[name].metadata, flag(name)
     kind: Any = str | None
     if isinstance(default, bool):
-        kind, spelling = bool | None, f"{spelling}/--no-{spelling[2:]}"
+        positive = spelling.replace("--no-", "--", 1)
+        kind = bool | None
+        spelling = f"{spelling}/{positive}" if positive != spelling else f"{spelling}/--no-{spelling[2:]}"
     elif isinstance(default, tuple):
         kind = list[str] | None
     shown = default_text(name)

@@ -13,8 +13,13 @@
     │   ├── UnknownModelName        a model name this server does not serve               HTTP 404
     │   ├── BodyTooLarge            above the body limit                                  HTTP 413
     │   ├── Unauthorized            no key, or a wrong one                                HTTP 401
-    │   └── QueueFull               above the queue's bound                               HTTP 429
+    │   ├── Forbidden               the key may not do this                               HTTP 403
+    │   ├── SlowClient              the request did not arrive in time                    HTTP 408
+    │   ├── NotFound                a thing that is not here                              HTTP 404
+    │   ├── Conflict                not as things stand now                               HTTP 409
+    │   └── QueueFull               above the queue's bound, or the key's own             HTTP 429
     ├── NotReady                    loading, draining, or the engine is gone              HTTP 503
+    ├── RequestTimeout              the answer took longer than --request-timeout         HTTP 504
     └── StepFailed                  the engine failed while computing this request        HTTP 500
 
 Exit codes and HTTP statuses stand on the classes: the CLI and the API read them, nobody maps them again.
@@ -95,6 +100,26 @@ class Unauthorized(RequestError):
     kind = "AuthenticationError"
 
 
+class Forbidden(RequestError):
+    status = 403
+    kind = "PermissionDeniedError"
+
+
+class SlowClient(RequestError):
+    status = 408
+    kind = "RequestTimeoutError"
+
+
+class NotFound(RequestError):
+    status = 404
+    kind = "NotFoundError"
+
+
+class Conflict(RequestError):
+    status = 409
+    kind = "ConflictError"
+
+
 class QueueFull(RequestError):
     status = 429
     kind = "RateLimitError"
@@ -103,6 +128,11 @@ class QueueFull(RequestError):
 class NotReady(EngramError):
     status = 503
     kind = "ServiceUnavailableError"
+
+
+class RequestTimeout(EngramError):
+    status = 504
+    kind = "TimeoutError"
 
 
 class StepFailed(EngramError):

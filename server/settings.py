@@ -9,7 +9,9 @@ type of them and names their origin where it cannot.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -20,12 +22,16 @@ from server.metrics import buckets_from
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEFAULT_MODEL = "builtin:smollm2-135m"
+KEY, HASHED_KEY = re.compile(r"[\x21-\x7e]{1,512}"), re.compile(r"sha256:[0-9a-f]{64}")
 SIZE_SUFFIXES = {"k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
 
-def setting(default: Any, help: str, group: str, *, choices: tuple[str, ...] = (), size: bool = False) -> Any:
-    """A field with its help text. `size`: bytes, may be written 512M."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices, "size": size})
+def setting(
+    default: Any, help: str, group: str, *, choices: tuple[str, ...] = (), size: bool = False, secret: bool = False
+) -> Any:
+    """A field with its help text. `size`: bytes, may be written 512M. `secret`: never shown; keys are kept hashed."""
+    metadata = {"help": help, "group": group, "choices": choices, "size": size}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class Settings:
     )
 
     memory: tuple[str, ...] = setting((), "memory pack to attach: PATH or NAME=PATH; may be repeated", "memory")
+    packs_dir: str = setting("", "folder that an admin may attach memory packs from while serving", "memory")
     prefetch: str = setting("on", "fetch rows ahead of the layer that reads them", "memory", choices=("on", "off"))
     keep_up_projection: bool = setting(
         False, "keep what a STEM memory replaces, so that requests may do without the memory", "memory"
@@ -61,14 +68,39 @@ class Settings:
     max_logprobs: int = setting(20, "most alternatives a request may ask for", "http")
     max_body_bytes: int = setting(16 * MIB, "largest request body", "http", size=True)
     max_waiting: int = setting(1024, "requests waiting before new ones are refused with 429", "http")
+    max_waiting_tokens: int = setting(
+        1_000_000, "prompt tokens waiting before new requests are refused with 429", "http"
+    )
+    max_concurrency_per_key: int = setting(0, "requests one API key may have running or waiting; 0: any number", "http")
+    request_timeout: float = setting(3600.0, "longest time a request may take, its answer included; 0: any", "http")
+    body_timeout: float = setting(60.0, "longest time a client may take to send a request", "http")
     drain_seconds: float = setting(15.0, "on SIGTERM, finish running requests for this long, then abort", "http")
     log_level: str = setting("info", "how much to log", "http", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "log lines for people or for machines", "http", choices=("text", "json"))
+    log_prompts: bool = setting(False, "log the text of every prompt", "http")
     in_process: bool = setting(False, "run the engine in a thread of the API process (debugging)", "http")
 
     vllm_metrics: bool = setting(False, "export queued, running and KV use as vllm:… too, for gateways", "metrics")
     metrics_buckets: tuple[str, ...] = setting(
         (), "bounds of one histogram in place of its own: NAME=0.01:0.1:1; may be repeated", "metrics"
     )
+    api_key: tuple[str, ...] = setting(
+        (), "key that clients must send as Authorization: Bearer KEY; may be repeated", "security", secret=True
+    )
+    api_keys_file: str = setting("", "file of keys, one a line: NAME: KEY", "security")
+    admin_key: str = setting(
+        "", "key for changing what the server serves; works as an API key too", "security", secret=True
+    )
+    no_auth: bool = setting(False, "listen on other addresses than this machine's own without any key", "security")
+    cors_origin: tuple[str, ...] = setting(
+        (), "origin whose web pages may call this server, such as https://chat.example; may be repeated", "security"
+    )
+    ssl_certfile: str = setting("", "certificate chain in PEM; with it the server speaks TLS", "security")
+    ssl_keyfile: str = setting("", "private key in PEM; default: in the certificate's file", "security")
+    ssl_keyfile_password: str = setting("", "password of the private key", "security", secret=True)
+    ssl_ca_certs: str = setting("", "CA certificates that client certificates are checked with", "security")
+    ssl_cert_reqs: int = setting(0, "client certificates: 0 not asked for, 1 optional, 2 required", "security")
+    ssl_ciphers: str = setting("", "cipher list in OpenSSL's form; default: Python's", "security")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -84,6 +116,22 @@ class Settings:
         if self.port > 65535:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
         buckets_from(self.metrics_buckets)
+        if self.ssl_cert_reqs > 2:
+            raise SettingsError(f"--ssl-cert-reqs is {self.ssl_cert_reqs}; it must be 0, 1 or 2")
+        object.__setattr__(self, "api_key", tuple(hashed_key(key, "--api-key") for key in self.api_key))
+        object.__setattr__(self, "admin_key", self.admin_key and hashed_key(self.admin_key, "--admin-key"))
+
+
+def hashed_key(key: str, origin: str) -> str:
+    """`sha256:` and the digest, which is all that is kept of a key; what has that form already stays as it is.
+
+    Raises SettingsError, without the key, for one that no HTTP header can carry.
+    """
+    if HASHED_KEY.fullmatch(key):
+        return key
+    if not KEY.fullmatch(key):
+        raise SettingsError(f"{origin}: a key is 1 to 512 visible ASCII characters without spaces")
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
 def flag(name: str) -> str:

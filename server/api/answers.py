@@ -5,6 +5,7 @@ A whole answer is a stream's chunks joined: the same `choice` renders both, so s
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 from fastapi import Request
 
+from server.api.auth import caller_of
 from server.api.errors import body_of
 from server.api.generation import Choice, Delta, Generation, Options
 from server.api.logprobs import Spelling
@@ -24,6 +26,8 @@ from server.api.sse import DONE, compact, event, quoted
 from server.errors import EngramError, RequestError
 from server.memory.redirects import Places, Redirect, resolve
 from server.runtime.messages import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class Answer(ABC):
@@ -36,8 +40,9 @@ class Answer(ABC):
     def __init__(self, service: Service, request: Request, body: SamplingFields) -> None:
         self.service, self.body = service, body
         service.metrics.unknown_fields += check_extra_fields(body.model_extra)
+        self.caller = caller_of(request)
+        service.check_open(self.caller)
         model, self.packs = service.model(body.model, body.memory)
-        service.check_ready()
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
         options = body.stream_options
@@ -81,6 +86,9 @@ class Answer(ABC):
 
     def generation(self, prompts: list[Prompt], params: list[SamplingParams]) -> Generation:
         body = self.body
+        if self.service.settings.log_prompts:
+            for prompt in prompts:
+                logger.info("prompt: %r", prompt.text)
         redirects = self._redirects(prompts)
         return Generation(
             self.service,
@@ -90,7 +98,8 @@ class Answer(ABC):
             request_id=uuid.uuid4().hex,  # the client's own id need not be unique
             arrival=self.arrival,
             packs=self.packs,
-            salt=(body.cache_salt or "").encode(),
+            caller=self.caller,
+            salt=self.caller.prefix_salt(body.cache_salt),
             options=Options(
                 stop=body.stops,
                 include_stop=bool(body.include_stop_str_in_output),

@@ -5,12 +5,16 @@ Knows the engine's verbs through `EngineClient` and the tokenizer through `Model
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 
 from server.api import errors
+from server.api.auth import Auth, Keys
 from server.api.http_metrics import Counted
 from server.api.middleware import BodyLimit, Edge
-from server.api.routes import chat, completions, models, operations, tokens
+from server.api.routes import chat, completions, memory, models, operations, tokens
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.models.source import ModelSource
@@ -20,8 +24,13 @@ from server.settings import Settings
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; nobody reads it but the log
 
 
-def create_app(settings: Settings, client: EngineClient, source: ModelSource) -> FastAPI:
+CORS_HEADERS = ("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id")
+EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
+
+
+def create_app(settings: Settings, client: EngineClient, source: ModelSource, keys: Keys | None = None) -> FastAPI:
     """The application over a running engine. `app.state.service` is what its routes share."""
+    keys = keys if keys is not None else Keys(settings)
     service = Service(settings, client, source)
     app = FastAPI(
         title="engram-server",
@@ -29,7 +38,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource) ->
         version=operations.installed_version(),
     )
     app.state.service = service
-    for module in (completions, chat, models, tokens, operations):
+    for module in (completions, chat, models, tokens, memory, operations):
         app.include_router(module.routes(service))
     errors.install(app)
 
@@ -37,7 +46,31 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource) ->
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(Edge)
+    if keys.required:
+        describe_keys(app)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Auth, keys=keys, metrics=service.metrics)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=CORS_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(Edge, log_prompts=settings.log_prompts)
     app.add_middleware(Counted, metrics=service.metrics)  # outermost: counts what every other answers
     return app
+
+
+def describe_keys(app: FastAPI) -> None:
+    """The API's own documentation says that keys are needed, and its pages ask for one."""
+    plain = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        return document
+
+    app.openapi = with_keys  # type: ignore[method-assign]

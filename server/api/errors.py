@@ -19,11 +19,16 @@ from server.errors import EngramError, QueueFull, RequestError
 KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    409: "ConflictError",
     413: "RequestEntityTooLargeError",
     429: "RateLimitError",
+    431: "RequestHeadersTooLargeError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 RETRY_AFTER = {"Retry-After": "1"}
 LONGEST_MESSAGE = 400

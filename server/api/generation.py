@@ -8,19 +8,24 @@ Choice i of prompt p is number p · n + i in the answer. Closing `steps()` abort
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import cast
 
+from server.api.auth import Caller
+from server.api.limits import Ticket
 from server.api.prompts import Prompt
 from server.api.service import Service
-from server.errors import NotReady, QueueFull, RequestError
+from server.errors import EngramError, NotReady, QueueFull, RequestError, RequestTimeout
 from server.memory.redirects import Places
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
 from server.runtime.messages import FinishReason, Logprobs, SamplingParams, Submit, TokenOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -74,11 +79,15 @@ class Generation:
         request_id: str,
         arrival: float,
         packs: tuple[str, ...],
+        caller: Caller,
         salt: bytes,
         options: Options,
         redirects: list[Places],
     ) -> None:
         self._client, self._metrics = service.client, service.metrics
+        self._admission, self._caller = service.admission, caller
+        self._ticket: Ticket | None = None
+        self._seconds = service.settings.request_timeout
         self._eos = frozenset(service.source.tokenizer.eos_token_ids)
         self._arrival, self._options = arrival, options
         self._submits: list[Submit] = []
@@ -124,7 +133,29 @@ class Generation:
         return sum(choice.tokens for choice in self.choices)
 
     async def steps(self) -> AsyncGenerator[list[Delta], None]:
-        """Per step, what it brought. Raises what the engine refused or failed with."""
+        """Per step, what it brought. Raises what was refused, by the queue's bounds or the engine, or failed."""
+        with self._admission.admitted(self._caller, [len(s.token_ids) for s in self._submits]) as self._ticket:
+            timer = self._expire_in_time()
+            try:
+                async with aclosing(self._outputs()) as outputs:
+                    async for deltas in outputs:
+                        yield deltas
+            finally:
+                if timer is not None:
+                    timer.cancel()
+
+    def _expire_in_time(self) -> asyncio.TimerHandle | None:
+        if not self._seconds:
+            return None
+        left = self._arrival + self._seconds - time.monotonic()
+        return asyncio.get_running_loop().call_later(max(left, 0.0), self._expire)
+
+    def _expire(self) -> None:
+        error = RequestTimeout(f"the answer took longer than {self._seconds:g} s; raise it with --request-timeout")
+        for submit in self._submits:
+            self._client.abort(submit.request_id, error=error)
+
+    async def _outputs(self) -> AsyncGenerator[list[Delta], None]:
         try:
             async with aclosing(together(self._client, self._submits)) as outputs:
                 async for step in outputs:
@@ -138,7 +169,8 @@ class Generation:
             if isinstance(error, QueueFull):
                 self._metrics.refused["requests"] += 1
             raise  # nothing ran
-        except Exception:
+        except Exception as error:
+            logger.error("the request failed: %s", error if isinstance(error, EngramError) else type(error).__name__)
             self._close("error")
             raise
 
@@ -185,6 +217,8 @@ class Generation:
             return None  # a later output, or one that ended before its first token
         choice.queued_s = output.queued_s
         if choice.child == 0:
+            if self._ticket is not None:
+                self._ticket.started(len(choice.prompt.token_ids))
             choice.cached_tokens = output.cached_tokens
         if output.token_ids:  # none with max_tokens 0
             choice.first = choice.last = now

@@ -182,11 +182,14 @@ class TokenizerInfo(Reply):
 def _failures() -> dict[int | str, dict[str, Any]]:
     said: dict[int | str, str] = {
         400: "The request is wrong; the message says how",
+        401: "No API key, or an unknown one",
         404: "This server has no such model",
+        408: "The request did not arrive within --body-timeout",
         413: "The body is above --max-body-bytes",
         429: "Too many requests wait; try again after Retry-After seconds",
         500: "The engine failed while computing this request",
         503: "Not ready: draining, or the engine is gone",
+        504: "The answer took longer than --request-timeout",
         "default": "Any other failure",
     }
     return {status: {"model": ErrorBody, "description": text} for status, text in said.items()}

@@ -12,16 +12,21 @@ import importlib.util
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from server.api.app import create_app
+from server.api.auth import Keys, check_exposure, is_loopback
+from server.api.protocol import BoundedProtocol
 from server.errors import SettingsError
+from server.logs import configure
 from server.models.source import open_source
 from server.runtime.client import EngineClient
-from server.settings import Settings
+from server.settings import Settings, flag
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ LINGER_SECONDS = 5
 
 def run(settings: Settings, announce: Callable[[EngineClient], None] = lambda client: None) -> None:
     """Serves until a signal. `announce` is called when requests are taken. Raises EngramError if it cannot start."""
+    configure(settings, "api")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, announce))
 
@@ -40,14 +46,19 @@ def run(settings: Settings, announce: Callable[[EngineClient], None] = lambda cl
 async def serve(settings: Settings, announce: Callable[[EngineClient], None]) -> None:
     listener = bind(settings.host, settings.port)
     try:
+        keys = Keys(settings, loopback=is_loopback(listener.getsockname()[0]))
+        check_exposure(listener.getsockname()[0], settings, keys)
+        check_tls(settings)
         source = open_source(settings.model)
         client = await EngineClient.start(settings)
         try:
-            app = create_app(settings, client, source)
+            app = create_app(settings, client, source, keys)
             gc.collect()
             gc.freeze()  # what lives as long as the server need not be looked through again: 15 µs per token
             config = uvicorn.Config(
                 app,
+                http=BoundedProtocol,
+                ws="none",
                 host=settings.host,
                 port=settings.port,
                 log_config=None,
@@ -58,6 +69,7 @@ async def serve(settings: Settings, announce: Callable[[EngineClient], None]) ->
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LINGER_SECONDS,
                 server_header=False,
+                **tls(settings),
             )
             await DrainingServer(config, client, settings.drain_seconds, announce).serve(sockets=[listener])
         finally:
@@ -116,6 +128,35 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def tls(settings: Settings) -> dict[str, Any]:
+    """uvicorn's TLS options that are set; none without a certificate."""
+    names = ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    if given and not settings.ssl_certfile:
+        raise SettingsError(f"{', '.join(map(flag, given))} need a certificate: give --ssl-certfile")
+    return given
+
+
+def check_tls(settings: Settings) -> None:
+    """Reads certificate and key before anything is loaded. Raises SettingsError for what cannot be used."""
+    if not tls(settings):
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(
+            settings.ssl_certfile, settings.ssl_keyfile or None, lambda: settings.ssl_keyfile_password
+        )
+        if settings.ssl_ca_certs:
+            context.load_verify_locations(settings.ssl_ca_certs)
+        if settings.ssl_ciphers:
+            context.set_ciphers(settings.ssl_ciphers)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise SettingsError(
+            f"TLS cannot be set up with --ssl-certfile {settings.ssl_certfile} and the other --ssl flags: "
+            f"{error.strerror or error if isinstance(error, OSError) else error}"
+        ) from None
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> SettingsError:

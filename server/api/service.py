@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from server.api.auth import Caller
+from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
@@ -12,6 +14,7 @@ from server.metrics import buckets_from
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Pieces
+from server.runtime.names import model_of
 from server.settings import Settings
 
 # Normalisers may shorten a text before it is cut into tokens: Hangul letters compose three to one.
@@ -27,12 +30,14 @@ class Service:
     source: ModelSource
     metrics: RequestMetrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
+    admission: Admission = field(init=False)
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
         self.client.step_listeners.append(self.metrics.step)
+        self.admission = Admission(self.settings, self.metrics)
         self.pieces = Pieces(self.source.tokenizer)
         vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.longest_piece = COMPOSITION * max(map(len, vocabulary))
@@ -53,19 +58,29 @@ class Service:
 
     def model(self, asked: str | None, memory: MemoryChoice | None = None) -> tuple[str, tuple[str, ...]]:
         """A served name and the memories that a request under it reads. Raises UnknownModelName."""
-        models = dict(self.client.ready.models)
+        ready = self.client.ready
         name = asked or self.name
-        if name not in models:
+        packs = model_of(name, ready.name, ready.packs, ready.fixed)
+        if packs is None:
+            served = ", ".join(served for served, _ in ready.models)
             raise UnknownModelName(
-                f"the model {name[:200]!r} does not exist here; this server has {', '.join(models)}", param="model"
+                f"the model {name[:200]!r} does not exist here; this server has {served}", param="model"
             )
-        return name, () if memory is not None and not memory.enabled else models[name]
+        return name, () if memory is not None and not memory.enabled else packs
+
+    def check_open(self, caller: Caller) -> None:
+        """Raises NotReady or QueueFull if a request that generates would be refused whatever it asks for."""
+        self._check_alive()
+        self.admission.check(caller)
 
     def check_ready(self) -> None:
-        """Raises NotReady unless new requests can be served."""
+        """Raises NotReady unless all that is served can be: the engine takes requests, every table is readable."""
+        self._check_alive()
+        if self.client.stats.table_fault is not None:
+            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")
+
+    def _check_alive(self) -> None:
         if not self.client.alive:
             raise NotReady("the engine is gone; restart the server")
         if self.client.draining:
             raise NotReady("the server is draining and takes no new requests")
-        if self.client.stats.table_fault is not None:
-            raise NotReady(f"a memory table cannot be read: {self.client.stats.table_fault}")

@@ -38,5 +38,7 @@ def curl(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
     body = json.dumps({**question, "max_tokens": 32, "temperature": 0})
-    url = f"http://{host}:{settings.port}/v1/chat/completions"
-    return f"curl -N {url} -H 'Content-Type: application/json' -d '{body}'"
+    scheme = "https" if settings.ssl_certfile else "http"
+    url = f"{scheme}://{host}:{settings.port}/v1/chat/completions"
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if settings.api_key or settings.api_keys_file else ""
+    return f"curl -N {url} -H 'Content-Type: application/json'{key} -d '{body}'"

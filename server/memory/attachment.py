@@ -25,6 +25,11 @@ class Attachment:
         self.name, self.fingerprint, self.addresser, self.tables = name, fingerprint, addresser, tables
 
     @property
+    def id(self) -> tuple[str, str]:
+        """As a sequence's view names the pack."""
+        return self.name, self.fingerprint
+
+    @property
     def conv_bytes_per_token(self) -> int:
         """Bytes that one token slot holds for this pack beside keys and values."""
         return 0

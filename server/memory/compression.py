@@ -16,6 +16,7 @@ Knows tokenizers, nothing of tables. Source: the demo released with arXiv 2601.0
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,13 @@ def compression_map(tokenizer: Any) -> npt.NDArray[np.int32]:
     Raises PackError for a tokenizer without one.
     """
     backend = rust_backend(tokenizer)
-    ids = range(backend.get_vocab_size(with_added_tokens=True))
+    return _map_of(backend, backend.get_vocab_size(with_added_tokens=True))
+
+
+@lru_cache(maxsize=4)
+def _map_of(backend: Tokenizer, size: int) -> npt.NDArray[np.int32]:
+    """The map, read-only, made once per tokenizer: it takes a second of pure Python."""
+    ids = range(size)
     texts = backend.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
     normalize = normal_form().normalize_str
     seen: dict[str, int] = {}
@@ -43,6 +50,7 @@ def compression_map(tokenizer: Any) -> npt.NDArray[np.int32]:
     for token_id, text in enumerate(texts):
         key = backend.id_to_token(token_id) or "" if REPLACEMENT in text else normalize(text) or text
         mapping[token_id] = seen.setdefault(key, len(seen))
+    mapping.flags.writeable = False
     return mapping
 
 

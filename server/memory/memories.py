@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
 from server.cache.prefetcher import Fetch, Lookup, Prefetcher
+from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
@@ -63,7 +65,7 @@ class MemoryStep:
     fetches: list[Fetch]
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
-    conv_reads: dict[str, ConvRead] = field(default_factory=dict)
+    conv_reads: dict[tuple[str, str], ConvRead] = field(default_factory=dict)
 
     @property
     def slow(self) -> bool:
@@ -86,7 +88,7 @@ class MemoryStep:
         for reading in self.readings[layer]:
             rows = reading.fetch.wait()
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
-            conv = self.conv_reads.get(reading.pack.name)
+            conv = self.conv_reads.get(reading.pack.id)
             index = reading.seen.index
             if index is None:
                 total = total + module(hidden, rows, slots, conv, reading.dead)
@@ -106,8 +108,20 @@ class Memories:
     def __init__(self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher) -> None:
         self.packs, self.prefetcher = tuple(packs), prefetcher
         self.window = max((pack.addresser.n for pack in packs), default=1)
-        self._addressed: dict[str, tuple[Ints, Bools, list[Lookup]]] = {}
+        self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
+
+    def add(self, pack: AttachedPack | StemPack) -> None:
+        """From the next step on, tokens whose view holds the pack read it. Between steps only."""
+        self.packs = (*self.packs, pack)
+        self.window = max(self.window, pack.addresser.n)
+
+    def remove(self, pack: AttachedPack | StemPack) -> None:
+        """Closes a pack that no living sequence sees. Between steps only; rows still being read come to nothing."""
+        self.packs = tuple(other for other in self.packs if other is not pack)
+        self._addressed.pop(pack.id, None)
+        for table in pack.tables.values():
+            table.close()
 
     def begin(self, batch: Batch) -> MemoryStep | None:
         """Queues the fetches of all layers and returns; None if no token of the batch sees a memory."""
@@ -128,8 +142,8 @@ class Memories:
                 step.ups[layer] = StemReading(fetch, seen.index, means)
                 continue
             shape = pack.shape
-            if pack.has_conv and pack.name not in step.conv_reads:  # the same for all layers of a pack
-                step.conv_reads[pack.name] = ConvRead.of(batch, shape.kernel_size, shape.dilation, seen.tokens)
+            if pack.has_conv and pack.id not in step.conv_reads:  # the same for all layers of a pack
+                step.conv_reads[pack.id] = ConvRead.of(batch, shape.kernel_size, shape.dilation, seen.tokens)
             reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen))
             step.readings.setdefault(layer, []).append(reading)
         return step
@@ -142,28 +156,35 @@ class Memories:
         """
         planned: list[Lookup] = []
         for pack in self.packs:
-            if all(pack.name in view.names for view in views):
+            if all(pack.id in view.packs for view in views):
                 planned += self._lookups(pack, sequences_windows, blocked)
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
 
     def _lookups(self, pack: AttachedPack | StemPack, windows: Ints, blocked: Bools) -> list[Lookup]:
         """The pack's lookups; those just hinted are found again instead of hashed again."""
-        last = self._addressed.get(pack.name)
+        last = self._addressed.get(pack.id)
         if last is None or not (np.array_equal(last[0], windows) and np.array_equal(last[1], blocked)):
-            last = self._addressed[pack.name] = windows, blocked, lookups(pack, windows, blocked)
+            last = self._addressed[pack.id] = windows, blocked, lookups(pack, windows, blocked)
         return last[2]
 
     def page_in(self, windows: Ints, blocked: Bools, view: MemoryView) -> None:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
         for pack in self.packs:
-            if pack.name in view.names:
+            if pack.id in view.packs:
                 self._pager.submit(ask_for_pages, pack, windows, blocked)
 
-    def faults(self) -> dict[str, str]:
-        """Packs whose table file was changed, cut or failed while serving, with what happened."""
-        broken = {pack.name: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
-        return {name: faults[0] for name, faults in broken.items() if faults}
+    def check_files(self) -> None:
+        """Looks at every table's files as each gather does: what happened to them is among the faults then."""
+        for pack in self.packs:
+            for table in pack.tables.values():
+                with suppress(TableError):
+                    table.check()
+
+    def faults(self) -> dict[tuple[str, str], str]:
+        """Packs whose table file was changed, cut or failed while serving, by identity, with what happened."""
+        broken = {pack.id: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
+        return {identity: faults[0] for identity, faults in broken.items() if faults}
 
     def close(self) -> None:
         self._pager.shutdown(cancel_futures=True)
@@ -187,7 +208,7 @@ def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:
 
 def seen_by(batch: Batch, pack: Attachment) -> Seen | None:
     """The batch's tokens whose view holds the pack, redirects applied for token-id tables; None if there are none."""
-    tokens = tokens_that_see(batch, pack.name)
+    tokens = tokens_that_see(batch, pack.id)
     if tokens is None:
         seen = Seen(None, None, batch.windows, batch.blocked)
     elif len(tokens):
@@ -221,9 +242,9 @@ def dead_tokens(batch: Batch, seen: Seen) -> Tensor | None:
     return torch.from_numpy(dead.copy()).to(batch.slots.device) if dead.any() else None
 
 
-def tokens_that_see(batch: Batch, name: str) -> Ints | None:
+def tokens_that_see(batch: Batch, pack: tuple[str, str]) -> Ints | None:
     """Indices of the batch's tokens whose view holds the pack; None when all do."""
-    sees = np.array([name in view.names for view in batch.views])
+    sees = np.array([pack in view.packs for view in batch.views])
     if sees.all():
         return None
     return np.flatnonzero(sees[batch.view_of])

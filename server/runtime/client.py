@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from server.errors import EngramError, NotReady, StepFailed
-from server.runtime.messages import Abort, Drain, EngineStats, Failed, Ready, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import (
+    Abort,
+    Drain,
+    EngineStats,
+    Failed,
+    FinishReason,
+    MemoryUpdated,
+    Ready,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+    UpdateMemory,
+)
 from server.settings import Settings
 
 START_TIMEOUT = 1800.0  # a hub download or a huge checkpoint may take its time; a dead process is noticed at once
@@ -30,7 +44,9 @@ class EngineClient:
         self.stats = EngineStats()
         self.step_listeners: list[Callable[[StepOutputs], None]] = []
         self.alive, self.draining = True, False
+        self._tickets = itertools.count()
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._updates: dict[int, asyncio.Future[MemoryUpdated]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -80,13 +96,30 @@ class EngineClient:
             if len(finished) < submit.n:
                 self.abort(submit.request_id)
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its children, wherever it is; its stream sees finish_reason "abort"."""
+    def abort(self, request_id: str, index: int | None = None, *, error: EngramError | None = None) -> None:
+        """Ends a request, or one of its children, wherever it is; its stream ends with "abort", or raises `error`."""
         if self.alive:
             self._outbox.put(Abort(((request_id, index),)))
         stream = self._streams.get(request_id)
         if stream is not None:
-            stream.put_nowait(TokenOutput(request_id, -1 if index is None else index, (), finish_reason="abort"))
+            reason: FinishReason = "abort" if error is None else "error"
+            child = -1 if index is None else index
+            stream.put_nowait(TokenOutput(request_id, child, (), finish_reason=reason, error=error))
+
+    async def update_memory(self, name: str, path: str | None) -> MemoryUpdated:
+        """Attaches the pack at `path`, or with None lets the memory go; `ready` then names what is served.
+
+        Raises what the engine refused it with, or NotReady if it is gone.
+        """
+        if not self.alive:
+            raise NotReady("the engine is gone; restart the server")
+        ticket = next(self._tickets)
+        answer = self._updates[ticket] = self._loop.create_future()
+        self._outbox.put(UpdateMemory(ticket, name, path))
+        updated: MemoryUpdated = await asyncio.shield(answer)  # whoever asked may leave; the change is made
+        if updated.error is not None:
+            raise updated.error
+        return updated
 
     async def drain(self, seconds: float) -> None:
         """Takes no new requests, waits for the running ones at most `seconds`, then ends the engine."""
@@ -108,7 +141,11 @@ class EngineClient:
     def _receive(self) -> None:
         try:
             while self._pipe.poll():
-                self._take(self._pipe.recv())
+                message = self._pipe.recv()
+                if isinstance(message, MemoryUpdated):
+                    self._memory_updated(message)
+                else:
+                    self._take(message)
         except (EOFError, OSError):
             self._end()
 
@@ -121,6 +158,10 @@ class EngineClient:
         for listener in self.step_listeners:
             listener(step)
 
+    def _memory_updated(self, updated: MemoryUpdated) -> None:
+        self.ready = replace(self.ready, models=updated.models, packs=updated.packs)
+        self._updates.pop(updated.ticket).set_result(updated)
+
     def _end(self) -> None:
         """The engine is gone: every open stream is told so."""
         if not self.alive:
@@ -131,6 +172,10 @@ class EngineClient:
         gone = StepFailed("the engine ended while computing this request")
         for request_id, stream in self._streams.items():
             stream.put_nowait(TokenOutput(request_id, -1, (), finish_reason="error", error=gone))
+        for ticket, answer in self._updates.items():
+            error = NotReady("the engine ended before the memory was changed")
+            answer.set_result(MemoryUpdated(ticket, self.ready.models, self.ready.packs, error))
+        self._updates.clear()
         self._ended.set()
 
     def _write(self) -> None:

@@ -45,7 +45,8 @@ class Engine:
         self.scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self.scheduler.on_start = runner.table.start
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
-        self.max_waiting, self.packs = max_waiting, packs or {}
+        self.max_waiting = max_waiting
+        self.packs = dict(packs or {})  # what new requests may name → identity
         self.fixed, self.redirectable = fixed, redirectable
         self.draining = False
         self.steps, self.step_s = 0, 0.0
@@ -57,8 +58,9 @@ class Engine:
         """Queues a request. Raises RequestError, QueueFull or NotReady; nothing changes then."""
         if self.draining:
             raise NotReady("the server is draining and takes no new requests")
-        if len(self.scheduler.waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting, as many as --max-waiting allows")
+        waiting = len(self.scheduler.waiting) + len(self.scheduler.running) - self.scheduler.max_num_seqs
+        if waiting >= self.max_waiting:
+            raise QueueFull(f"{waiting} requests are waiting, as many as --max-waiting allows")
         self._check(request)
         view = self.view(request.packs, request.salt, request.redirects)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
@@ -166,8 +168,9 @@ class Engine:
             )
         faults = self.runner.memories.faults() if self.runner.memories is not None and request.packs else {}
         for name in request.packs:
-            if name in faults:
-                raise StepFailed(f"memory {name!r} cannot be read: {faults[name]}")
+            fault = faults.get((name, self.packs[name]))
+            if fault is not None:
+                raise StepFailed(f"memory {name!r} cannot be read: {fault}")
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is already in use")
 
@@ -217,15 +220,18 @@ class Engine:
         """Ends the sequences that the failed step was computing; of a broken table's, only those that read it.
 
         Nothing of the step counts as computed: blocks hold nothing that others could find, and whoever goes on
-        computes the same tokens again.
+        computes the same tokens again. Raises the error if nobody can: the device itself computes no more.
         """
         if not isinstance(error, EngramError):
             logger.exception("a step failed")
+            if not self.runner.computes():
+                logger.critical("the device %s computes no more; the engine ends", self.runner.device)
+                raise error
         cause = error if isinstance(error, EngramError) else StepFailed(f"the step failed: {error}")
         failed = [work.sequence for work in works]
         if isinstance(error, TableError) and self.runner.memories is not None:
             broken = self.runner.memories.faults().keys()
-            reading = [sequence for sequence in failed if sequence.view.names & broken]
+            reading = [sequence for sequence in failed if broken & set(sequence.view.packs)]
             failed = reading or failed
         for sequence in failed:
             self._end(sequence, "error")

@@ -144,6 +144,10 @@ def open_packs(
         given, separator, path = spec.rpartition("=")
         folder = Path(path)
         name = given if separator else folder.resolve().name
+        if "+" in name or not name:
+            raise SettingsError(
+                f"--memory {spec}: {name!r} cannot be a memory's name; give another: --memory NAME={path}"
+            )
         if name in {pack.name for pack in packs}:
             raise SettingsError(f"--memory names {name!r} twice; give one of them another name: --memory OTHER={path}")
         pack = open_pack(

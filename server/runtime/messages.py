@@ -1,7 +1,7 @@
 """What crosses the pipe between the API process and the engine process: frozen dataclasses, token ids, no text.
 
 API ──▶ engine   Submit, Abort, UpdateMemory, Drain
-engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token)
+engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token), MemoryUpdated
 """
 
 from __future__ import annotations
@@ -71,6 +71,30 @@ class Drain:
     """Refuse new requests, finish the running ones, then exit; after `seconds`, abort what is left."""
 
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMemory:
+    """Attach the pack at `path` as `name`; with path None let the memory of that name go. Answered by MemoryUpdated."""
+
+    ticket: int
+    name: str
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUpdated:
+    """What is served after a change, or unchanged with an `error`.
+
+    `load_s`: seconds of opening beside the steps; `pause_s`: seconds that steps waited for the switch.
+    """
+
+    ticket: int
+    models: tuple[tuple[str, tuple[str, ...]], ...]
+    packs: tuple[str, ...]
+    error: EngramError | None = None
+    load_s: float = 0.0
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +200,18 @@ class StepOutputs:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine is loaded. `models` maps each served name to the packs it reads; the first is the default."""
+    """The engine is loaded. `models` maps each served name to the packs it reads; the first is the default.
+
+    `name`: the backbone's own; `packs`: all that are attached; `fixed`: those that every model reads.
+    """
 
     models: tuple[tuple[str, tuple[str, ...]], ...]
     max_model_len: int
     vocab_size: int
     report: tuple[tuple[str, str], ...]
+    name: str = ""
+    packs: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset()
     details: dict[str, Any] = field(default_factory=dict)
 
 

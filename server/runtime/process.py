@@ -1,29 +1,38 @@
 """The engine's own process: load, say Ready, then read messages and step until told to stop.
 
-    pipe in   Submit, Abort, Drain, None (stop)     read without waiting while there is work
-    pipe out  Ready | Failed, then StepOutputs      one per step; an idle engine sleeps on the pipe
+    pipe in   Submit, Abort, UpdateMemory, Drain, None (stop)     read without waiting while there is work
+    pipe out  Ready | Failed, then StepOutputs, MemoryUpdated     one per step; an idle engine sleeps on the pipe
 
 Between steps, when nothing is left to do, the books are checked: a leak is logged with its name, not found weeks later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from server.errors import EngramError
+from server.errors import EngramError, PackError
+from server.logs import configure
+from server.memory.compression import compression_map
+from server.runtime.attach import MemoryChanges
 from server.runtime.blocks import BlockPool
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, describe, load
-from server.runtime.messages import Abort, Drain, Failed, Ready, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import Abort, Drain, Failed, Ready, StepOutputs, Submit, TokenOutput, UpdateMemory
+from server.runtime.names import served_models
 from server.runtime.runner import Runner
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# How long an idle engine sleeps before it looks at its tables' files, and at a pack being opened.
+IDLE_SECONDS, OPENING_SECONDS = 2.0, 0.01
 
 
 def build_engine(settings: Settings, loaded: Loaded) -> Engine:
@@ -56,21 +65,23 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
 def ready_message(settings: Settings, loaded: Loaded) -> Ready:
     name = settings.served_model_name or loaded.source.name
     packs = tuple(pack.name for pack in loaded.memories.packs) if loaded.memories else ()
-    kept = tuple(pack for pack in packs if pack in loaded.fixed)  # what no request can do without
-    choices = dict.fromkeys((packs, kept))
     return Ready(
-        models=tuple(("+".join((name, *chosen)), chosen) for chosen in choices),
+        models=served_models(name, packs, packs, loaded.fixed),
         max_model_len=loaded.max_len,
         vocab_size=loaded.source.config.vocab_size,
         report=tuple(describe(loaded, settings)),
+        name=name,
+        packs=packs,
+        fixed=loaded.fixed,
     )
 
 
 class EngineLoop:
     """Messages in, steps, messages out, over one end of a pipe."""
 
-    def __init__(self, engine: Engine, pipe: Connection) -> None:
-        self.engine, self.pipe = engine, pipe
+    def __init__(self, engine: Engine, pipe: Connection, changes: MemoryChanges) -> None:
+        self.engine, self.pipe, self.changes = engine, pipe, changes
+        self.fault: str | None = None
         self.deadline: float | None = None
         self.stopped = False
 
@@ -81,6 +92,7 @@ class EngineLoop:
                 self._receive()
                 if not self.stopped and not self.engine.idle:
                     self.pipe.send(self.engine.step())
+                self._send_all(self.changes.settle())
                 self._drain()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             logger.info("the API process is gone; the engine ends")
@@ -89,7 +101,8 @@ class EngineLoop:
         timeout = 0.0
         if self.engine.idle:
             self.engine.scheduler.check()
-            timeout = 0.0 if self.deadline is not None else 3600.0
+            timeout = 0.0 if self.deadline is not None else OPENING_SECONDS if self.changes.busy else IDLE_SECONDS
+            self._watch_tables()
         while not self.stopped and self.pipe.poll(timeout):
             self._handle(self.pipe.recv())
             timeout = 0.0
@@ -106,6 +119,8 @@ class EngineLoop:
                     self.engine.abort(request_id, index)
                 if self.engine.idle:
                     self._send_outputs([])
+            case UpdateMemory():
+                self._send_all(self.changes.begin(message))
             case Drain(seconds):
                 self.engine.draining = True
                 self.deadline = time.monotonic() + seconds
@@ -123,6 +138,21 @@ class EngineLoop:
                 self.engine.abort(sequence.request_id, sequence.index)
             self._send_outputs([TokenOutput(s.request_id, s.index, (), finish_reason="abort") for s in left])
 
+    def _watch_tables(self) -> None:
+        """Without steps nobody reads tables; what happens to their files is told all the same."""
+        memories = self.engine.runner.memories
+        if memories is None:
+            return
+        memories.check_files()
+        stats = self.engine.stats()
+        if stats.table_fault != self.fault:
+            self.fault = stats.table_fault
+            self.pipe.send(StepOutputs((), stats))
+
+    def _send_all(self, messages: Sequence[object]) -> None:
+        for message in messages:
+            self.pipe.send(message)
+
     def _send_outputs(self, outputs: list[TokenOutput]) -> None:
         self.pipe.send(StepOutputs(tuple(outputs), self.engine.stats()))
 
@@ -137,10 +167,13 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+        configure(settings, "engine")
     try:
         loaded = load(settings)
         engine = build_engine(settings, loaded)
+        if settings.packs_dir:
+            with contextlib.suppress(PackError):  # of a tokenizer that no hashed memory fits
+                compression_map(loaded.source.tokenizer.backend)  # a second of Python, now rather than beside steps
         message: Ready | Failed = ready_message(settings, loaded)
     except EngramError as error:
         message = Failed(error)
@@ -149,5 +182,7 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
         message = Failed(EngramError(f"the engine could not start: {type(error).__name__}: {error}"))
     pipe.send(message)
     if isinstance(message, Ready):
-        EngineLoop(engine, pipe).run()
+        changes = MemoryChanges(engine, settings, loaded)
+        EngineLoop(engine, pipe, changes).run()
+        changes.close()
     pipe.close()

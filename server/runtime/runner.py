@@ -57,6 +57,13 @@ class Runner:
             self._hint(sampled)
         return sampled
 
+    def computes(self) -> bool:
+        """Whether the device still does: after some of its errors it never does again."""
+        try:
+            return bool(torch.ones(1, device=self.device).add_(1).item() == 2)
+        except Exception:
+            return False
+
     def _hint(self, sampled: list[tuple[Sequence, Sampled]]) -> None:
         """As soon as the tokens exist, their rows are on their way: before they are even appended."""
         assert self.memories is not None

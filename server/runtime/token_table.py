@@ -23,6 +23,15 @@ class TokenTable:
         self._filled = np.zeros(rows, np.int64)
         self._look_back = np.arange(window)
 
+    def widen(self, window: int) -> None:
+        """Looks back at least this far from now on; what stands in the rows stays."""
+        if window <= self.window:
+            return
+        wider = np.zeros((len(self.tokens), window - 1 + self.tokens.shape[1] - self.pad), np.int64)
+        wider[:, window - 1 :] = self.tokens[:, self.pad :]
+        self.tokens, self.window, self.pad = wider, window, window - 1
+        self._look_back = np.arange(window)
+
     def start(self, sequence: Sequence) -> None:
         """Takes a sequence into its row; called at every admission."""
         self.tokens[sequence.row, self.pad : self.pad + sequence.length] = sequence.tokens[: sequence.length]

@@ -40,15 +40,21 @@ class Reply:
 @dataclass
 class LiveServer:
     flags: dict[str, Any]
+    log: Path | None = None  # where its log lines go; None: where the tests' own go
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
         flags = json.dumps({"port": self.port, "threads": 1, **self.flags})
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, flags], env=environment, text=True, stdout=subprocess.PIPE
-        )
+        with open(self.log or os.devnull, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, flags],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=log if self.log else None,
+            )
         assert self.process.stdout is not None
         if self.process.stdout.readline() != "ready\n":
             self.stop()

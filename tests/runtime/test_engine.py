@@ -150,7 +150,7 @@ def test_a_failed_step_ends_its_own_requests_and_no_others(tiny: str, monkeypatc
 
 
 def test_bad_requests_are_refused_and_change_nothing(tiny: str) -> None:
-    engine = engine_on(tiny, max_waiting=1)
+    engine = engine_on(tiny, max_waiting=0, max_num_seqs=1)
     params = SamplingParams()
     cases = [
         (Submit("a", (), params), "empty"),

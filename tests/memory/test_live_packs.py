@@ -1,0 +1,171 @@
+"""Packs that come and go while the engine runs: whoever runs keeps what it sees, whoever comes may name the new one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.errors import CapacityError, Conflict, EngramError, NotFound, PackError, RequestError
+from server.runtime import attach
+from server.runtime.attach import MemoryChanges
+from server.runtime.engine import Engine
+from server.runtime.load import load
+from server.runtime.messages import MemoryUpdated, SamplingParams, Submit, UpdateMemory
+from server.runtime.process import build_engine
+from tests.engines import engine_on, logits_of, outputs_of, settings_for, tokens_of
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+class Live:
+    """An engine whose memories change as the engine process changes them: between steps."""
+
+    def __init__(self, model: Path, *memory: str, **flags: Any) -> None:
+        settings = settings_for(str(model), memory=memory, **flags)
+        loaded = load(settings)
+        self.engine: Engine = build_engine(settings, loaded)
+        self.changes = MemoryChanges(self.engine, settings, loaded)
+
+    def update(self, name: str, path: Path | None = None, step: Callable[[], Any] = lambda: None) -> MemoryUpdated:
+        """Makes one change, calling `step` until it is made. Raises what it was refused with."""
+        answers = self.changes.begin(UpdateMemory(1, name, None if path is None else str(path)))
+        deadline = time.monotonic() + 60
+        while not answers:
+            assert time.monotonic() < deadline
+            step()
+            answers = self.changes.settle()
+        if answers[0].error is not None:
+            raise answers[0].error
+        return answers[0]
+
+
+@pytest.fixture
+def bare(tiny_llama_folder: Path) -> Live:
+    return Live(tiny_llama_folder)
+
+
+def test_an_attached_pack_gives_what_it_gives_when_attached_at_start(
+    bare: Live, tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...]
+) -> None:
+    before = logits_of(bare.engine, prompt)
+    updated = bare.update("a", pack_a)
+    assert [name for name, _ in updated.models] == ["tiny-llama", "tiny-llama+a"] and updated.packs == ("a",)
+    at_start = engine_on(str(tiny_llama_folder), memory=(f"a={pack_a}",))
+    assert torch.equal(logits_of(bare.engine, prompt, ("a",)), logits_of(at_start, prompt, ("a",)))
+    assert torch.equal(logits_of(bare.engine, prompt), before)
+
+
+def test_running_sequences_keep_what_they_started_with(
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...]
+) -> None:
+    """Streams with a, b and neither run while b comes, a goes, and another pack takes a's name."""
+    expected = {}
+    for packs in ((), ("a",), ("b",)):
+        made = engine_on(str(tiny_llama_folder), memory=(f"a={pack_a}", f"b={pack_b}"))
+        expected[packs] = tokens_of(outputs_of(made, [Submit("x", prompt[:20], GREEDY, packs)])["x", 0])
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+
+    live = Live(tiny_llama_folder, f"a={pack_a}")
+    collected: dict[str, list[int]] = {}
+
+    def step() -> None:
+        for output in live.engine.step().outputs:
+            collected.setdefault(output.request_id, []).extend(output.token_ids)
+
+    live.engine.submit(Submit("with a", prompt[:20], GREEDY, ("a",)))
+    live.engine.submit(Submit("bare", prompt[:20], GREEDY))
+    step()
+    live.update("b", pack_b, step=step)
+    live.engine.submit(Submit("with b", prompt[:20], GREEDY, ("b",)))
+    step()
+    live.update("a")
+    with pytest.raises(RequestError, match="'a'"):
+        live.engine.submit(Submit("late", prompt[:20], GREEDY, ("a",)))
+    live.update("a", pack_b)  # another memory under a name that is still being read
+    live.engine.submit(Submit("new a", prompt[:20], GREEDY, ("a",)))
+    while not live.engine.idle:
+        step()
+        live.engine.scheduler.check()
+    assert collected["with a"] == expected["a",] and collected["bare"] == expected[()]
+    assert collected["with b"] == collected["new a"] == expected["b",]
+
+
+def test_tables_are_closed_when_the_last_sequence_that_reads_them_has_ended(
+    tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...]
+) -> None:
+    live = Live(tiny_llama_folder, f"a={pack_a}")
+    memories = live.engine.runner.memories
+    assert memories is not None
+    (pack,) = memories.packs
+    files = [file for table in pack.tables.values() for file in table.files]
+    live.engine.submit(Submit("reader", prompt[:20], GREEDY, ("a",)))
+    live.engine.step()
+    live.update("a")
+    while not live.engine.idle:
+        live.changes.settle()
+        assert all(file.fd >= 0 for file in files)
+        live.engine.step()
+    live.changes.settle()
+    assert memories.packs == () and all(file.fd < 0 for file in files) and not live.changes.busy
+
+
+def test_a_pack_attached_again_is_another_to_the_prefix_cache(
+    tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...]
+) -> None:
+    live = Live(tiny_llama_folder, f"a={pack_a}")
+    cached = []
+    for _ in range(2):
+        for _ in range(2):
+            first = outputs_of(live.engine, [Submit("x", prompt, GREEDY, ("a",))])["x", 0][0]
+            cached.append(first.cached_tokens)
+        live.update("a")
+        live.changes.settle()
+        live.update("a", pack_a)
+    assert cached == [0, 80, 0, 80]
+
+
+def test_a_longer_ngram_widens_the_windows_of_those_who_run(
+    tiny_llama_folder: Path, make_pack: Callable[..., Path], prompt: tuple[int, ...]
+) -> None:
+    longer = make_pack("longer", 5, orders=(2, 3, 4))
+    live = Live(tiny_llama_folder)
+    live.engine.submit(Submit("bare", prompt[:20], GREEDY))
+    live.engine.step()
+    live.update("longer", longer)
+    outputs_of(live.engine, [])
+    at_start = engine_on(str(tiny_llama_folder), memory=(f"longer={longer}",))
+    assert torch.equal(logits_of(live.engine, prompt, ("longer",)), logits_of(at_start, prompt, ("longer",)))
+
+
+def test_what_cannot_be_changed_is_refused_and_changes_nothing(
+    bare: Live, pack_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(pack_a, foreign)
+    config = (foreign / "config.json").read_text().replace('"hidden_size": 64', '"hidden_size": 65')
+    (foreign / "config.json").write_text(config)
+    cut = tmp_path / "cut"
+    shutil.copytree(pack_a, cut)
+    with open(cut / "table-1.safetensors", "r+b") as file:
+        file.truncate(1000)
+    cases: list[tuple[str, Path | None, type[EngramError], str]] = [
+        ("x", tmp_path / "nowhere", PackError, "no memory pack"),
+        ("x", foreign, PackError, "65"),
+        ("x", cut, PackError, "table-1"),
+        ("x", None, NotFound, "'x'"),
+    ]
+    bare.update("a", pack_a)
+    for name, path, error, words in [*cases, ("a", pack_a, Conflict, "attached already")]:
+        with pytest.raises(error, match=words):
+            bare.update(name, path)
+    monkeypatch.setattr(attach, "available_memory", lambda: 1000)
+    with pytest.raises(CapacityError, match="1000 are free; .*--kv-bytes"):
+        bare.update("x", pack_a)
+    memories = bare.engine.runner.memories
+    assert memories is not None and [pack.name for pack in memories.packs] == ["a"] and not bare.changes.busy

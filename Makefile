@@ -1,7 +1,7 @@
 # Everything sets itself up: a target that needs an environment makes it, and a second run finds it made.
 #
 #   make serve [MODEL=…] [MEMORY=…] [PORT=…]     make test      make check     make format
-#   make bench                                   make soak      make docs      make clean
+#   make bench      make overhead                make soak      make docs      make clean
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,7 +23,7 @@ SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs soak bench bench-decode bench-memory clean
+.PHONY: help serve test check format docs soak bench bench-decode bench-memory overhead clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -43,6 +43,10 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/.made
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.loadtest: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install -e '.[loadtest]'
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.model: | $(VENV)/.made
@@ -99,6 +103,10 @@ bench-decode: $(VENV)/.dev $(VENV)/.model
 bench-memory: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
 	$(BIN)/engram-server bench memory --json build/bench/memory.json
+
+# What an offloaded memory costs over HTTP, with its interval; OVERHEAD='--seconds 600 --bound 1' passes flags.
+overhead: $(VENV)/.loadtest $(VENV)/.model
+	$(BIN)/python -m loadtest.overhead $(OVERHEAD)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

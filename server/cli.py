@@ -105,7 +105,9 @@ def default_text(name: str) -> str:
     default: Any = FIELDS[name].default
     if FIELDS[name].metadata["size"] and default:
         return next((f"{default // unit}{mark}" for mark, unit in SIZES if default % unit == 0), str(default))
-    return "" if default in ("", ()) or isinstance(default, bool) else str(default)
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return "" if default == "" or isinstance(default, bool) else str(default)
 
 
 def value_text(name: str) -> str | None:
@@ -124,6 +126,29 @@ signature = serve_signature()
 serve.__signature__ = signature  # type: ignore[attr-defined]
 serve.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 app.command()(serve)
+
+
+def plan(model: str, config: Path | None = None, **flags: object) -> None:
+    """Say what goes where, in bytes, and why, before anything is loaded: weights, KV cache, staging, memory tables.
+
+    Takes the flags of serve that decide it. What does not fit is refused, with the flag and the value that would.
+    """
+    settings = resolve({"model": model, **flags}, config)
+    from server.commands.plan import plan
+
+    plan(settings)
+
+
+PLANNED = tuple(name for name in FIELDS if name != "model" and FIELDS[name].metadata["group"] != "http")
+signature = Signature(
+    [
+        Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=DEFAULT_MODEL, annotation=ModelArgument),
+        *(serve_signature().parameters[name] for name in ("config", *PLANNED)),
+    ]
+)
+plan.__signature__ = signature  # type: ignore[attr-defined]
+plan.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+app.command()(plan)
 
 
 @app.command()

@@ -219,8 +219,9 @@ MEMORY_STALL = Series(
 MEMORY_RESIDENT = Series(
     "engram_memory_resident_bytes",
     "gauge",
-    "Bytes of the table in memory now, by tier; device counts its hot rows too.",
-    (*TABLE, "tier"),
+    "Bytes of the table in memory now, by tier, and how they were counted: mincore, sampled (mincore of part), touched "
+    "(read, not dropped), copied; the device's hot rows are cached.",
+    (*TABLE, "tier", "counted"),
     needs=MEMORY,
 )
 MEMORY_CAPACITY = Series(

@@ -21,6 +21,7 @@ from server.errors import SettingsError
 from server.metrics import buckets_from
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PLACEMENTS = ("auto", "device", "pinned", "mapped")
 DEFAULT_MODEL = "builtin:smollm2-135m"
 KEY, HASHED_KEY = re.compile(r"[\x21-\x7e]{1,512}"), re.compile(r"sha256:[0-9a-f]{64}")
 SIZE_SUFFIXES = {"k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
@@ -53,6 +54,18 @@ class Settings:
     keep_up_projection: bool = setting(
         False, "keep what a STEM memory replaces, so that requests may do without the memory", "memory"
     )
+    placement: tuple[str, ...] = setting(
+        ("auto",), "where tables live: auto, device, pinned or mapped; NAME=… for one pack, NAME/LAYER=… for one table",
+        "memory",
+    )  # fmt: skip
+    read: str = setting(
+        "mmap", "how mapped tables are read; pread is slower, and survives a failing disk", "memory",
+        choices=("mmap", "pread"),
+    )  # fmt: skip
+    host_memory_limit: int = setting(
+        0, "most bytes of RAM that tables may hold, resident pages of mapped ones included; 0: no limit", "memory",
+        size=True,
+    )  # fmt: skip
     staging: int = setting(64 * MIB, "bytes of staging buffers for fetched rows", "memory", size=True)
 
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")
@@ -113,6 +126,9 @@ class Settings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
+        for asked in self.placement:
+            if asked.rpartition("=")[2] not in PLACEMENTS:
+                raise SettingsError(f"--placement is {asked!r}; write [NAME=]{'|'.join(PLACEMENTS)}")
         if self.port > 65535:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
         buckets_from(self.metrics_buckets)

@@ -40,7 +40,10 @@ def test_flags_win_over_variables_and_variables_over_the_file(config: Path, monk
 
 def test_every_field_can_be_given_as_the_text_of_its_default() -> None:
     """A variable holds text only; the text of a default must read back as the default, type included."""
-    texts = {variable(f.name): ",".join(f.default) if f.default == () else str(f.default) for f in fields(Settings)}
+    texts = {
+        variable(f.name): ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+        for f in fields(Settings)
+    }
     read = from_environment(texts)
     assert read == {f.name: f.default for f in fields(Settings)}
     assert {name: type(value) for name, value in read.items()} == {n: type(f.default) for n, f in FIELDS.items()}

@@ -9,7 +9,7 @@ from prometheus_client import Metric
 from server import metrics
 from server.api.families import Labels, cumulative, family, histogram
 from server.metrics import Bounds
-from server.runtime.messages import EngineStats, MemoryCounters
+from server.runtime.messages import EngineStats, MemoryCounters, TableResidency
 
 
 def engine_families(stats: EngineStats, model: str, block_size: int, fetch_bounds: Bounds) -> Iterator[Metric]:
@@ -27,9 +27,10 @@ def engine_families(stats: EngineStats, model: str, block_size: int, fetch_bound
         yield family(series, model, {(): value})
     reasons: dict[Labels, float] = {("capacity",): stats.waiting - stats.deferred, ("deferred",): stats.deferred}
     yield family(metrics.WAITING_BY_REASON, model, reasons)
-    yield family(metrics.CACHE_CONFIG, model, {(str(block_size), str(stats.blocks)): 1})
+    if stats.blocks:  # the engine has spoken
+        yield family(metrics.CACHE_CONFIG, model, {(str(block_size), str(stats.blocks)): 1})
     if stats.memory:
-        yield from memory_families(stats.memory, model, fetch_bounds)
+        yield from memory_families(stats.memory, stats.resident, model, fetch_bounds)
 
 
 def gateway_families(stats: EngineStats, model: str) -> Iterator[Metric]:
@@ -43,11 +44,18 @@ def kv_usage(stats: EngineStats) -> float:
     return stats.blocks_used / stats.blocks if stats.blocks else 0.0
 
 
-def memory_families(memory: tuple[MemoryCounters, ...], model: str, fetch_bounds: Bounds) -> Iterator[Metric]:
+def memory_families(
+    memory: tuple[MemoryCounters, ...], resident: tuple[TableResidency, ...], model: str, fetch_bounds: Bounds
+) -> Iterator[Metric]:
     """Per table and layer: rows, tiers, bytes, seconds, and what the hot rows do."""
     tables: list[tuple[Labels, MemoryCounters]] = [((c.table, str(c.layer)), c) for c in memory]
     hits = {(*labels, tier): count for labels, c in tables for tier, count in hits_by_tier(c).items()}
-    resident = {(*labels, tier): size for labels, c in tables for tier, size in resident_by_tier(c).items()}
+    placements = {labels: c.placement for labels, c in tables}
+    held: dict[Labels, float] = {(*labels, "device", "cached"): c.cache_bytes for labels, c in tables if c.capacity}
+    for each in resident:
+        labels = each.table, str(each.layer)
+        if labels in placements and each.counted != "unknown":
+            held[*labels, placements[labels], each.counted] = each.bytes
     moved = {(*labels, "read"): c.bytes for labels, c in tables}
     moved |= {(*labels, "to_device"): c.device_bytes for labels, c in tables}
     yield family(metrics.MEMORY_ROWS, model, {labels: c.rows for labels, c in tables})
@@ -57,7 +65,7 @@ def memory_families(memory: tuple[MemoryCounters, ...], model: str, fetch_bounds
     fetches = {labels: (cumulative(fetch_bounds, c.fetch_counts), c.fetch_s) for labels, c in tables if c.fetch_counts}
     yield histogram(metrics.MEMORY_FETCH, model, fetches)
     yield family(metrics.MEMORY_STALL, model, {labels: c.stall_s for labels, c in tables})
-    yield family(metrics.MEMORY_RESIDENT, model, resident)
+    yield family(metrics.MEMORY_RESIDENT, model, held)
     yield family(metrics.MEMORY_CAPACITY, model, {labels: c.capacity for labels, c in tables})
     yield family(metrics.MEMORY_ADMISSIONS, model, {labels: c.admissions for labels, c in tables})
     yield family(metrics.MEMORY_EVICTIONS, model, {labels: c.evictions for labels, c in tables})
@@ -70,10 +78,4 @@ def hits_by_tier(counters: MemoryCounters) -> dict[str, int]:
     """Rows by where they were found. What the hot rows did not hold came from where the table is placed."""
     tiers = {"device": counters.device_hits, "pinned": 0, "mapped": 0}
     tiers[counters.placement] += counters.rows - counters.device_hits
-    return tiers
-
-
-def resident_by_tier(counters: MemoryCounters) -> dict[str, int]:
-    tiers = {"device": counters.cache_bytes, "pinned": 0, "mapped": 0}
-    tiers[counters.placement] += counters.resident_bytes
     return tiers

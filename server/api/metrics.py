@@ -127,7 +127,7 @@ class Scrape(Collector):
             yield from gateway_families(stats, model)
         yield from self._requests.families(model)
         yield from process_families(model, {"api": None, "engine": self._engine.pid})
-        yield from host_families(model)
+        yield from host_families(model, self._settings.host_memory_limit)
         yield from self._gpus.families(model)
 
 

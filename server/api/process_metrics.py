@@ -32,8 +32,9 @@ def process_families(model: str, processes: Mapping[str, int | None], proc: Path
             yield family(series, model, values)
 
 
-def host_families(model: str) -> Iterator[Metric]:
-    yield family(metrics.HOST_LIMIT, model, {(): memory_limit()})
+def host_families(model: str, limit: int) -> Iterator[Metric]:
+    """`limit`: that of --host-memory-limit, 0 for none."""
+    yield family(metrics.HOST_LIMIT, model, {(): limit or memory_limit()})
 
 
 def disk_read(folder: Path) -> float:

@@ -26,7 +26,8 @@ from rich.table import Table
 from server.bench.paired import machine, ratio, write_json
 from server.bench.text import prompts
 from server.cache.prefetcher import Prefetcher
-from server.cache.row_table import Ids, RowTable
+from server.cache.row_table import Ids
+from server.cache.row_table import Table as StoredTable
 from server.cache.row_types import Bytes
 from server.commands.attach import attach
 from server.memory.memories import Memories
@@ -47,7 +48,7 @@ WARM_TURNS = 4
 class SlowTable:
     """A table whose every read takes READ_SECONDS more."""
 
-    def __init__(self, table: RowTable) -> None:
+    def __init__(self, table: StoredTable) -> None:
         self._table = table
         self.name, self.rows, self.dim = table.name, table.rows, table.dim
         self.row_type, self.row_bytes, self.nbytes = table.row_type, table.row_bytes, table.nbytes
@@ -71,7 +72,7 @@ def arm(loaded: Loaded, settings: Settings, *, slow: bool = False) -> Engine:
     for pack in packs:
         pack.allocate_conv(loaded.kv.blocks * settings.block_size, loaded.device)
         if slow:
-            pack.tables = {layer: SlowTable(table) for layer, table in pack.tables.items()}  # type: ignore[misc]
+            pack.tables = {layer: SlowTable(table) for layer, table in pack.tables.items()}
     prefetcher = Prefetcher(loaded.dtype, loaded.device, settings.staging, settings.prefetch == "on")
     memories = Memories(packs, prefetcher) if packs else None
     attention = SdpaBackend(loaded.source.config, cache)

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from server.cache.gather import take_rows
 from server.cache.layouts import Layout, Region, find_layout, read_header, safetensors_files
 from server.cache.row_types import Bytes, RowType
+from server.cache.row_types import Ids as Ids
 from server.errors import TableError
 
-Ids = npt.NDArray[np.int64]
 ReadMode = Literal["mmap", "pread"]
 PAGE = mmap.PAGESIZE
+READ_BYTES = 8 << 20  # of one sequential read
 
 
 class Table(Protocol):
@@ -39,6 +40,7 @@ class Table(Protocol):
     dim: int
     row_type: RowType
     row_bytes: int
+    nbytes: int
     fault: str | None
 
     def gather(self, ids: Ids, out: Bytes) -> None:
@@ -46,6 +48,19 @@ class Table(Protocol):
 
     def page_in(self, ids: Ids) -> int:
         """Asks the OS for the pages these rows stand on, without waiting for them; returns how many distinct pages."""
+
+    def close(self) -> None:
+        """Lets go of what it holds; gathers fail from then on."""
+
+
+class PageWatch(Protocol):
+    """Who keeps the resident pages of a file under a limit (`residency`)."""
+
+    def touch(self, first: Ids, last: Ids) -> None:
+        """Pages first[i] to last[i] are about to be read. May wait for room."""
+
+    def room(self) -> int:
+        """How many pages may be asked for ahead."""
 
 
 class TableFile:
@@ -56,8 +71,16 @@ class TableFile:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.seen = os.fstat(self.fd)
         self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.watch: PageWatch | None = None
+        # Rows are read here and there: what the OS would read around them is waste.
         if self.map is not None:
             self.map.madvise(mmap.MADV_RANDOM)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def unmap(self, offset: int, nbytes: int) -> None:
+        """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
+        if self.map is not None and self.fd >= 0:
+            self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
 
     def change(self) -> str | None:
         """What is no longer as it was when opened; None if nothing. One system call."""
@@ -90,6 +113,9 @@ class Column:
         self.offsets = [region.offset for region in regions]
         self.first_rows = np.cumsum([0] + [region.rows for region in regions])
         self.views = [_view(file, region) for file, region in zip(self.files, regions, strict=True)]
+        # The most pages that one row touches: rows that divide a page and begin with it never cross into the next.
+        aligned = PAGE % self.width == 0 and all(offset % self.width == 0 for offset in self.offsets)
+        self.pages_per_row = 1 if aligned else 2 + (self.width - 2) // PAGE
 
     def split(self, ids: Ids) -> list[tuple[int, Ids | slice, Ids]]:
         """(region, where in `ids`, ids within the region) for each region that holds some of them."""
@@ -105,11 +131,13 @@ class Column:
     def read(self, ids: Ids, out: Bytes) -> None:
         """Rows ids[N] → out[N, width], of any row stride."""
         for region, where, local in self.split(ids):
-            view = self.views[region]
+            view, watch = self.views[region], self.files[region].watch
+            if watch is not None:
+                watch.touch(*self._page_range(region, local))
             if view is None:
                 self._pread(region, where, local, out)
             elif isinstance(where, slice) and out.flags.c_contiguous:
-                np.take(view, local, axis=0, out=out, mode="clip")
+                take_rows(view, local, out)
             else:
                 out[where] = np.take(view, local, axis=0, mode="clip")
 
@@ -124,12 +152,32 @@ class Column:
             if got != self.width:
                 raise TableError(f"{file.path} ends within a row: {got} of {self.width} bytes at byte {offset}")
 
+    def read_run(self, first: int, out: Bytes) -> None:
+        """The len(out) rows from `first` on → out[n, width], of any row stride: long reads, never the map."""
+        done = 0
+        for region, (file, offset) in enumerate(zip(self.files, self.offsets, strict=True)):
+            begin, end = int(self.first_rows[region]), int(self.first_rows[region + 1])
+            low, high = max(first, begin), min(first + len(out), end)
+            if low >= high:
+                continue
+            part = out[done : done + high - low]
+            done += high - low
+            run = part if part.flags.c_contiguous else np.empty(part.shape, np.uint8)
+            _read_whole(file, offset + (low - begin) * self.width, run)
+            if run is not part:
+                part[:] = run
+
+    def _page_range(self, region: int, local: Ids) -> tuple[Ids, Ids]:
+        """The first and the last page of each row; one and the same array where no row crosses into another page."""
+        start = self.offsets[region] + local * self.width
+        first = start // PAGE
+        return first, first if self.pages_per_row == 1 else (start + self.width - 1) // PAGE
+
     def pages(self, ids: Ids) -> list[tuple[TableFile, Ids]]:
         """The distinct page numbers rows ids[N] stand on, ascending, per file region."""
         found = []
         for region, _, local in self.split(ids):
-            start = self.offsets[region] + local * self.width
-            first, last = start // PAGE, (start + self.width - 1) // PAGE
+            first, last = self._page_range(region, local)
             spans = [first + i for i in range(int((last - first).max(initial=0)) + 1)]
             pages = np.unique(np.concatenate([np.minimum(span, last) for span in spans]))
             found.append((self.files[region], pages))
@@ -172,12 +220,16 @@ class RowTable:
             raise TableError(f"table {tensor!r} in {paths[0]} has no rows: its shape is [{layout.rows}, {layout.dim}]")
         return cls(name if name is not None else paths[0].stem, layout, read)
 
+    def step_bytes(self, rows: int) -> int:
+        """Bytes of the pages that `rows` rows stand on, at most."""
+        return min(sum(column.pages_per_row for column in self._columns) * rows * PAGE, self.nbytes + PAGE)
+
     def gather(self, ids: Ids, out: Bytes) -> None:
         """Rows ids[N] → out uint8[N, R], C-contiguous. Raises TableError if an id is no row, or a file has changed."""
         self.check()
         if not len(ids):
             return
-        self._check_range(ids)
+        check_range(self, ids)
         if out.shape != (len(ids), self.row_bytes):
             raise ValueError(f"out is {out.shape}; {len(ids)} rows of {self.name} need {(len(ids), self.row_bytes)}")
         try:
@@ -188,6 +240,21 @@ class RowTable:
         except TableError as error:
             self.fault = error.message
             raise
+
+    def read_run(self, first: int, out: Bytes) -> None:
+        """The len(out) rows from `first` on → out uint8[n, R], for copies: read in order.
+
+        Raises TableError.
+        """
+        at = 0
+        for column in self._columns:
+            column.read_run(first, out[:, at : at + column.width])
+            at += column.width
+
+    def forget(self) -> None:
+        """Tells the OS that the files' pages are not needed: a copy was made."""
+        for file in self.files:
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def check(self) -> None:
         """Raises TableError if a file is not what it was when opened, and from then on always."""
@@ -200,11 +267,6 @@ class RowTable:
         if self.fault is not None:
             raise TableError(self.fault)
 
-    def _check_range(self, ids: Ids) -> None:
-        if ids.min() < 0 or ids.max() >= self.rows:
-            wrong = int(ids[(ids < 0) | (ids >= self.rows)][0])
-            raise TableError(f"table {self.name} has rows 0..{self.rows - 1}; asked for {wrong}")
-
     def page_in(self, ids: Ids) -> int:
         """Asks the OS for the distinct pages of rows ids[N], runs of neighbours at once; returns how many pages.
 
@@ -214,10 +276,13 @@ class RowTable:
         """
         if self.fault is not None or not len(ids):
             return 0
-        self._check_range(ids)
+        check_range(self, ids)
         total = 0
         for column in self._columns:
             for file, pages in column.pages(ids):
+                if file.watch is not None:  # under a limit: no more than there is room for
+                    pages = pages[: file.watch.room()]
+                    file.watch.touch(pages, pages)
                 total += len(pages)
                 starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
                 lengths = np.diff(starts, append=len(pages)) * PAGE
@@ -230,6 +295,26 @@ class RowTable:
         self._columns.clear()
         for file in self.files:
             file.close()
+
+
+def check_range(table: Table, ids: Ids) -> None:
+    """Raises TableError, naming the first, if an id is no row. At least one id."""
+    if ids.min() < 0 or ids.max() >= table.rows:
+        wrong = int(ids[(ids < 0) | (ids >= table.rows)][0])
+        raise TableError(f"table {table.name} has rows 0..{table.rows - 1}; asked for {wrong}")
+
+
+def _read_whole(file: TableFile, offset: int, out: Bytes) -> None:
+    """Bytes from `offset` on → out, contiguous. Raises TableError."""
+    left = out.reshape(-1).data
+    while left:
+        try:
+            got = os.preadv(file.fd, [left[:READ_BYTES]], offset)
+        except OSError as error:
+            raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
+        if not got:
+            raise TableError(f"{file.path} ends at byte {offset}, {len(left)} bytes too early")
+        left, offset = left[got:], offset + got
 
 
 def _view(file: TableFile, region: Region) -> Bytes | None:

@@ -29,6 +29,7 @@ from server.errors import TableError
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 
 E4M3_MAX = 448.0
 INT8_MAX = 127

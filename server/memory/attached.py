@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from server.cache.row_table import RowTable
+from server.cache.row_table import ReadMode, Table
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import Attachment, fingerprint, open_tables
@@ -38,7 +38,7 @@ class AttachedPack(Attachment):
         fingerprint: str,
         config: PackConfig,
         addresser: Addresser,
-        tables: dict[int, RowTable],
+        tables: dict[int, Table],
         modules: Mapping[int, MemoryLayer],
     ) -> None:
         super().__init__(name, fingerprint, addresser, tables)
@@ -73,6 +73,7 @@ def open_pack(
     vocab_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    read: ReadMode = "mmap",
 ) -> AttachedPack | StemPack:
     """Opens and checks a pack for this backbone. Raises PackError or TableError with both values of what differs."""
     config = read_config(folder)
@@ -83,7 +84,7 @@ def open_pack(
             num_layers=num_layers,
             vocab_size=vocab_size,
         )
-        return open_stem(folder, name, config, dtype, device)
+        return open_stem(folder, name, config, dtype, device, read)
     mapping = compression_map(tokenizer)
     config.check_backbone(
         hidden_size=hidden_size,
@@ -93,7 +94,7 @@ def open_pack(
         compressed=int(mapping.max()) + 1,
     )
     addresser = from_config(config.addressing(), tokenizer=tokenizer)
-    tables = open_tables(folder, addresser, config.head_dim)
+    tables = open_tables(folder, addresser, config.head_dim, name, read)
     modules = load_modules(folder, config, dtype, device)
     return AttachedPack(name, fingerprint(folder, config.layer_ids), config, addresser, tables, modules)
 

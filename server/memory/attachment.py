@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from server.batch import Bools, Ints
-from server.cache.row_table import RowTable
+from server.cache.row_table import ReadMode, RowTable, Table
 from server.errors import PackError
 from server.memory.addressing import Addresser
 from server.memory.pack import table_file
@@ -21,7 +21,7 @@ from server.memory.pack import table_file
 class Attachment:
     """`name` as clients say it; `fingerprint` changes whenever what the pack answers could change."""
 
-    def __init__(self, name: str, fingerprint: str, addresser: Addresser, tables: dict[int, RowTable]) -> None:
+    def __init__(self, name: str, fingerprint: str, addresser: Addresser, tables: dict[int, Table]) -> None:
         self.name, self.fingerprint, self.addresser, self.tables = name, fingerprint, addresser, tables
 
     @property
@@ -42,12 +42,15 @@ class Attachment:
         return self.addresser.address(windows, blocked)
 
 
-def open_tables(folder: Path, addresser: Addresser, dim: int) -> dict[int, RowTable]:
-    """The table of every layer. Raises TableError, or PackError with both sizes if one is not as the config says."""
-    tables = {}
+def open_tables(folder: Path, addresser: Addresser, dim: int, name: str, read: ReadMode = "mmap") -> dict[int, Table]:
+    """The table of every layer, called NAME/LAYER.
+
+    Raises TableError, or PackError with both sizes if one is not as the config says.
+    """
+    tables: dict[int, Table] = {}
     for layer in addresser.layer_ids:
         path, rows = folder / table_file(layer), addresser.rows_per_table[layer]
-        table = RowTable.open(path, name=f"{folder.name}/{layer}")
+        table = RowTable.open(path, name=f"{name}/{layer}", read=read)
         if table.rows != rows or table.dim != dim:
             raise PackError(
                 f"{path} holds {table.rows} rows of {table.dim} values; config.json needs {rows} rows of {dim}"

@@ -10,6 +10,7 @@ state as it was before any of them. Knows views and addresses; nothing of where 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
-from server.cache.prefetcher import Fetch, Lookup, Prefetcher
+from server.cache.device_table import DeviceFetch, DeviceTable
+from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
+from server.cache.residency import Residency, Resident
+from server.cache.row_table import RowTable
 from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
@@ -53,7 +57,7 @@ class Reading:
 
     pack: AttachedPack
     layer: int
-    fetch: Fetch
+    fetch: Fetch | DeviceFetch
     seen: Seen
     dead: Tensor | None
 
@@ -62,7 +66,7 @@ class Reading:
 class MemoryStep:
     """One step's rows on their way, by decoder layer; where the convolutions of each pack read."""
 
-    fetches: list[Fetch]
+    fetches: list[Fetch | DeviceFetch]
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     ups: dict[int, StemReading] = field(default_factory=dict)
     conv_reads: dict[tuple[str, str], ConvRead] = field(default_factory=dict)
@@ -70,7 +74,8 @@ class MemoryStep:
     @property
     def slow(self) -> bool:
         """Whether the first fetch took so long that the next step's should start before that step does."""
-        return self.fetches[0].done_at - self.fetches[0].issued > HINT_SECONDS
+        first = next((fetch for fetch in self.fetches if isinstance(fetch, Fetch)), None)
+        return first is not None and first.done_at - first.issued > HINT_SECONDS
 
     @property
     def layers(self) -> frozenset[int]:
@@ -105,10 +110,16 @@ class MemoryStep:
 class Memories:
     """`packs` in attachment order. `window`: the longest n-gram any of them looks at."""
 
-    def __init__(self, packs: Sequence[AttachedPack | StemPack], prefetcher: Prefetcher) -> None:
-        self.packs, self.prefetcher = tuple(packs), prefetcher
+    def __init__(
+        self,
+        packs: Sequence[AttachedPack | StemPack],
+        prefetcher: Prefetcher,
+        residency: Residency | None = None,
+    ) -> None:
+        self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
+        self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
     def add(self, pack: AttachedPack | StemPack) -> None:
@@ -134,7 +145,7 @@ class Memories:
         if not planned:
             return None
         planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
-        fetches = self.prefetcher.begin([plan[2] for plan in planned])
+        fetches = self._begin([plan[2] for plan in planned])
         step = MemoryStep(fetches)
         for (layer, pack, _, seen), fetch in zip(planned, fetches, strict=True):
             if isinstance(pack, StemPack):
@@ -148,6 +159,15 @@ class Memories:
             step.readings.setdefault(layer, []).append(reading)
         return step
 
+    def _begin(self, lookups: Sequence[Lookup]) -> list[Fetch | DeviceFetch]:
+        """Rows on the device are looked up by the layer that reads them; the others begin to be fetched."""
+        queued = [lookup for lookup in lookups if not isinstance(lookup.table, DeviceTable)]
+        begun = iter(self.prefetcher.begin(queued) if queued else ())
+        dtype = self.prefetcher.staging.dtype
+        return [
+            DeviceFetch(lookup, dtype) if isinstance(lookup.table, DeviceTable) else next(begun) for lookup in lookups
+        ]
+
     def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
         """Starts fetching the rows of tokens that the next step will read, if every one of them sees a pack.
 
@@ -157,7 +177,8 @@ class Memories:
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.id in view.packs for view in views):
-                planned += self._lookups(pack, sequences_windows, blocked)
+                found = self._lookups(pack, sequences_windows, blocked)
+                planned += [lookup for lookup in found if not isinstance(lookup.table, DeviceTable)]
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
 
@@ -172,14 +193,43 @@ class Memories:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
         for pack in self.packs:
             if pack.id in view.packs:
-                self._pager.submit(ask_for_pages, pack, windows, blocked)
+                self._pager.submit(ask_for_pages, pack, windows, blocked, self._paged)
+
+    def counters(self) -> tuple[LayerCounters, ...]:
+        """What was read so far, per table: by fetches, and from tables on the device."""
+        on_device = [
+            table.counters(layer)
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+            if isinstance(table, DeviceTable)
+        ]
+        return (*self.prefetcher.counters(), *on_device)
+
+    def placements(self) -> dict[tuple[str, int], str]:
+        """(table, layer) → device, pinned or mapped."""
+        tables = [(layer, table) for pack in self.packs for layer, table in pack.tables.items()]
+        return {(table.name, layer): getattr(table, "placement", "mapped") for layer, table in tables}
+
+    def page_ins(self) -> dict[tuple[str, int], int]:
+        """(table, layer) → pages asked for ahead of a read, so far."""
+        return dict(self._paged)
+
+    def resident(self) -> list[tuple[str, int, Resident]]:
+        """(table, layer, what of it stands in memory) of every table."""
+        figures = self.residency.figures() if self.residency is not None else {}
+        return [
+            (table.name, layer, figures.get(table.name, Resident(table.nbytes, "copied")))
+            for pack in self.packs
+            for layer, table in pack.tables.items()
+        ]
 
     def check_files(self) -> None:
         """Looks at every table's files as each gather does: what happened to them is among the faults then."""
         for pack in self.packs:
             for table in pack.tables.values():
-                with suppress(TableError):
-                    table.check()
+                if isinstance(table, RowTable):
+                    with suppress(TableError):
+                        table.check()
 
     def faults(self) -> dict[tuple[str, str], str]:
         """Packs whose table file was changed, cut or failed while serving, by identity, with what happened."""
@@ -189,14 +239,18 @@ class Memories:
     def close(self) -> None:
         self._pager.shutdown(cancel_futures=True)
         self.prefetcher.close()
+        if self.residency is not None:
+            self.residency.close()
         for pack in self.packs:
             for table in pack.tables.values():
                 table.close()
 
 
-def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools) -> None:
+def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools, paged: Counter[tuple[str, int]]) -> None:
+    """Counts the pages in `paged`, by table and layer."""
     for layer, (row_ids, _) in pack.address(windows, blocked).items():
-        pack.tables[layer].page_in(np.unique(row_ids))
+        table = pack.tables[layer]
+        paged[table.name, layer] += table.page_in(np.unique(row_ids))
 
 
 def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from server.batch import Ints
+from server.cache.device_table import DeviceFetch
 from server.cache.prefetcher import Fetch
-from server.cache.row_table import RowTable
+from server.cache.row_table import ReadMode, Table
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import Attachment, fingerprint, open_tables
 from server.memory.pack import StemConfig
@@ -40,7 +41,7 @@ class StemPack(Attachment):
         fingerprint: str,
         config: StemConfig,
         addresser: Addresser,
-        tables: dict[int, RowTable],
+        tables: dict[int, Table],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -71,14 +72,13 @@ class StemReading:
     `means`: (index among those tokens, row [F]) of redirects to several tokens.
     """
 
-    fetch: Fetch
+    fetch: Fetch | DeviceFetch
     tokens: Tensor | None
     means: tuple[tuple[int, Tensor], ...] = ()
 
     def up(self, dense: Tensor | None) -> Tensor:
         """[T, F] in place of the up-projection. `dense`: what that gives, for tokens that do not read the table."""
-        unique = self.fetch.wait_unique()
-        rows = unique.rows.index_select(0, unique.inverse.view(-1))
+        rows = self.fetch.wait()
         for index, row in self.means:
             rows[index] = row
         if self.tokens is None:
@@ -87,10 +87,12 @@ class StemReading:
         return dense.index_copy(0, self.tokens, rows)
 
 
-def open_stem(folder: Path, name: str, config: StemConfig, dtype: torch.dtype, device: torch.device) -> StemPack:
+def open_stem(
+    folder: Path, name: str, config: StemConfig, dtype: torch.dtype, device: torch.device, read: ReadMode = "mmap"
+) -> StemPack:
     """Raises PackError or TableError for tables that are not as the config says."""
     addresser = from_config(config.addressing())
-    tables = open_tables(folder, addresser, config.intermediate_size)
+    tables = open_tables(folder, addresser, config.intermediate_size, name, read)
     return StemPack(name, fingerprint(folder, config.layer_ids), config, addresser, tables, dtype, device)
 
 

@@ -1,10 +1,25 @@
-"""How many KV blocks there are, and why that many."""
+"""What goes where, in bytes, and why: weights, KV blocks, staging, tables. Decided before a weight or row is loaded.
+
+`engram-server plan` prints it, `load` keeps to it, the start-up report repeats it.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from server.cache.placement import Place, Room, TableNeed, place_tables
+from server.cache.row_table import RowTable, Table
+from server.cache.staging import max_tokens
 from server.errors import CapacityError
+from server.memory.attachment import Attachment
+from server.models.attention.kv_cache import kv_bytes_per_token
+from server.models.config import ModelConfig
+from server.models.prepack import can_prepack
+from server.models.weights import expected_shapes
 from server.runtime.host import available_memory
 from server.settings import GIB, Settings
 
@@ -16,6 +31,103 @@ class KVPlan:
     blocks: int
     block_bytes: int
     reason: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """`weights`, `staging`: bytes. `token_budget`: the most tokens of a step whose rows fit --staging."""
+
+    weights: int
+    kv: KVPlan
+    staging: int
+    token_budget: int
+    places: tuple[Place, ...]
+    room: Room
+
+    def copied(self, tier: str) -> int:
+        """Bytes of the tables in `tier`."""
+        return sum(place.need.nbytes for place in self.places if place.tier == tier)
+
+    @property
+    def in_ram(self) -> int:
+        """Bytes of the tables copied to RAM."""
+        return self.copied("pinned") + (self.copied("device") if self.room.device == "cpu" else 0)
+
+    @property
+    def mapped_limit(self) -> int:
+        """Most resident bytes of the mapped tables together; 0: no limit."""
+        return self.room.host_limit - self.in_ram if self.room.host_limit else 0
+
+    def tier(self, table: str) -> str:
+        return next(place.tier for place in self.places if place.need.name == table)
+
+
+def plan(
+    settings: Settings,
+    config: ModelConfig,
+    packs: Sequence[Attachment],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    without_up: frozenset[int],
+) -> CapacityPlan:
+    """The plan for a model of this shape with these packs, opened but not loaded.
+
+    Raises CapacityError for what does not fit, with the flag and the value that would; SettingsError for a name in
+    --placement that no table has.
+    """
+    weights = planned_weight_bytes(config, dtype, device, without_up)
+    free = _free_memory(device)
+    if weights > free:
+        raise CapacityError(
+            f"the weights take {weights} bytes and {free} are free on {device}: choose a smaller --model"
+        )
+    token_bytes = kv_bytes_per_token(config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
+    kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len, available=free - weights)
+    staging = settings.staging if packs else 0
+    on_device = weights + kv.nbytes + staging
+    host_free = available_memory() - staging - (on_device - staging if device.type == "cpu" else 0)
+    room = Room(device.type, free - on_device, host_free, settings.host_memory_limit)
+    needs, lookups = [], []
+    for pack in packs:
+        for table in pack.tables.values():
+            assert isinstance(table, RowTable), "the plan is made before tables are placed"
+            rows = settings.max_num_batched_tokens * pack.addresser.columns
+            needs.append(TableNeed(table.name, table.nbytes, table.step_bytes(rows)))
+            lookups.append((table, pack.addresser.columns))
+    places = place_tables(needs, settings.placement, room)
+    fetched: list[tuple[Table, int]] = [
+        lookup for lookup, place in zip(lookups, places, strict=True) if place.tier != "device"
+    ]
+    budget = settings.max_num_batched_tokens
+    if fetched:
+        budget = min(budget, max_tokens(settings.staging, fetched, dtype))
+    return CapacityPlan(weights, kv, staging, budget, places, room)
+
+
+def planned_weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, without_up: frozenset[int]
+) -> int:
+    """Bytes of the weights as they will be stored: norms in fp32, a tied embedding prepacked beside its plain form."""
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if not any(name.startswith(f"model.layers.{layer}.mlp.up_proj.") for layer in without_up):
+            total += math.prod(shape) * (4 if "norm" in name else dtype.itemsize)
+    if config.tie_word_embeddings and can_prepack(dtype, device):
+        total += config.vocab_size * config.hidden_size * dtype.itemsize
+    return total
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return available_memory()
 
 
 def plan_kv(settings: Settings, *, block_bytes: int, max_len: int, available: int | None = None) -> KVPlan:

@@ -15,7 +15,15 @@ from dataclasses import fields
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
-from server.runtime.messages import EngineStats, FinishReason, MemoryCounters, StepOutputs, Submit, TokenOutput
+from server.runtime.messages import (
+    EngineStats,
+    FinishReason,
+    MemoryCounters,
+    StepOutputs,
+    Submit,
+    TableResidency,
+    TokenOutput,
+)
 from server.runtime.runner import Runner
 from server.runtime.sampler import Sampled
 from server.runtime.scheduler import Scheduler, Work
@@ -23,6 +31,8 @@ from server.runtime.sequence import Sequence
 from server.view import BARE, MemoryView
 
 logger = logging.getLogger(__name__)
+
+RESIDENT_SECONDS = 1.0
 
 
 class Engine:
@@ -51,6 +61,7 @@ class Engine:
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._requests: dict[str, list[Sequence]] = {}
+        self._resident_at, self._resident_last = float("-inf"), ()  # type: tuple[float, tuple[TableResidency, ...]]
 
     # ── verbs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,7 +133,18 @@ class Engine:
             prefix_hits_total=scheduler.prefix_hits,
             memory=memory_counters(memories) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
+            resident=self._resident(),
         )
+
+    def _resident(self) -> tuple[TableResidency, ...]:
+        """What of each table stands in memory, counted anew once a second at most."""
+        memories, now = self.runner.memories, time.monotonic()
+        if memories is not None and now - self._resident_at >= RESIDENT_SECONDS:
+            self._resident_at = now
+            self._resident_last = tuple(
+                TableResidency(table, layer, found.nbytes, found.counted) for table, layer, found in memories.resident()
+            )
+        return self._resident_last
 
     @property
     def idle(self) -> bool:
@@ -249,11 +271,14 @@ class Engine:
 
 def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
     """What the cache counts, as the message that crosses the pipe."""
-    durations = memories.prefetcher.fetch_counts()
+    durations, placements = memories.prefetcher.fetch_counts(), memories.placements()
+    paged = memories.page_ins()
     return tuple(
         MemoryCounters(
             **{f.name: getattr(counters, f.name) for f in fields(counters)},
-            fetch_counts=durations[counters.table, counters.layer],
+            fetch_counts=durations.get((counters.table, counters.layer), ()),
+            placement=placements.get((counters.table, counters.layer), "mapped"),
+            page_ins=paged.get((counters.table, counters.layer), 0),
         )
-        for counters in memories.prefetcher.counters()
+        for counters in memories.counters()
     )

@@ -7,21 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from server.cache import cuda_memory
+from server.cache.device_table import DeviceTable
+from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
-from server.cache.staging import max_tokens
+from server.cache.residency import Residency
+from server.cache.row_table import RowTable, Table
 from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
-from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
+from server.models.attention.kv_cache import KVCache
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
 from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
-from server.runtime.capacity import KVPlan, plan_kv
+from server.runtime.capacity import CapacityPlan, KVPlan, plan
 from server.runtime.host import cpu_quota
 from server.settings import Settings
 
@@ -35,12 +40,20 @@ class Loaded:
     source: ModelSource
     model: Decoder
     attention: SdpaBackend
-    kv: KVPlan
+    plan: CapacityPlan
     max_len: int
     device: torch.device
     dtype: torch.dtype
     memories: Memories | None
-    token_budget: int
+
+    @property
+    def kv(self) -> KVPlan:
+        return self.plan.kv
+
+    @property
+    def token_budget(self) -> int:
+        """The most tokens of one step."""
+        return self.plan.token_budget
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -105,18 +118,39 @@ def build_model(
     return model.eval()
 
 
-def load(settings: Settings) -> Loaded:
-    """Loads the backbone. Raises ModelError, SettingsError or CapacityError."""
-    torch.set_num_threads(settings.threads or cpu_quota())
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before a weight or a row is loaded: headers are read, sizes are settled."""
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    max_len: int
+    packs: list[AttachedPack | StemPack]
+    without_up: frozenset[int]
+    plan: CapacityPlan
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Opens model and packs and settles what goes where. Raises ModelError, PackError, SettingsError, CapacityError."""
     source = open_source(settings.model)
     device = choose_device(settings)
     dtype = choose_dtype(settings, source, device)
     max_len = context_limit(settings, source)
     packs = open_packs(settings, source, dtype, device)
     replaced = frozenset(stem_layers(packs))
-    model = build_model(source, dtype, device, max_len, frozenset() if settings.keep_up_projection else replaced)
-    token_bytes = kv_bytes_per_token(source.config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
-    kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len)
+    without_up = frozenset() if settings.keep_up_projection else replaced
+    planned = plan(settings, source.config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
+    return Prepared(source, device, dtype, max_len, packs, without_up, planned)
+
+
+def load(settings: Settings) -> Loaded:
+    """Loads the backbone and the tables that are copied. Raises ModelError, PackError, SettingsError, CapacityError."""
+    torch.set_num_threads(settings.threads or cpu_quota())
+    prepared = prepare(settings)
+    source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
+    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up)
+    kv = prepared.plan.kv
     try:
         cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
         for pack in packs:
@@ -126,13 +160,44 @@ def load(settings: Settings) -> Loaded:
             f"no room for {kv.blocks * kv.block_bytes} bytes of KV cache; set --kv-bytes lower"
         ) from error
     attention = SdpaBackend(source.config, cache)
-    memories, budget = None, settings.max_num_batched_tokens
+    memories = None
     if packs:
+        place(packs, prepared.plan, device)
         bounds = buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
-        memories = Memories(packs, Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", bounds))
-        lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
-        budget = min(budget, max_tokens(settings.staging, lookups, dtype))
-    return Loaded(source, model, attention, kv, max_len, device, dtype, memories, budget)
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", bounds)
+        memories = Memories(packs, prefetcher, watch(packs, prepared.plan))
+    return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
+
+
+def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, device: torch.device) -> None:
+    """Copies the tables that do not stay where they are. Raises TableError or CapacityError."""
+    for pack in packs:
+        for layer, table in pack.tables.items():
+            pack.tables[layer] = placed(table, planned.tier(table.name), device)
+
+
+def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency | None:
+    """Who counts the mapped tables' pages, and holds them under what --host-memory-limit leaves for them."""
+    mapped = [table for pack in packs for table in pack.tables.values() if isinstance(table, RowTable)]
+    if not mapped:
+        return None
+    step = sum(place.need.step_bytes for place in planned.places if place.tier == "mapped")
+    return Residency(mapped, planned.mapped_limit, step)
+
+
+def placed(table: Table, tier: str, device: torch.device) -> Table:
+    """The table in its tier; the file it was copied from is closed."""
+    if tier == "mapped" or not isinstance(table, RowTable):
+        return table
+    copy: Table
+    if tier == "device":
+        copy = DeviceTable(table, device)
+    elif device.type == "cuda":
+        copy = PinnedTable(table, cuda_memory.register, cuda_memory.unregister)
+    else:
+        copy = PinnedTable(table)
+    table.close()
+    return copy
 
 
 def open_packs(
@@ -160,6 +225,7 @@ def open_packs(
             vocab_size=source.config.vocab_size,
             dtype=dtype,
             device=device,
+            read="pread" if settings.read == "pread" else "mmap",
         )
         if isinstance(pack, AttachedPack) and can_prepack(dtype, device):
             for engram in pack.modules.values():
@@ -182,7 +248,7 @@ def stem_layers(packs: Sequence[AttachedPack | StemPack]) -> dict[int, str]:
     return owners
 
 
-def weight_bytes(model: Decoder) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights as stored, a tied embedding counted once unless its packed form is apart."""
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
@@ -226,10 +292,11 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
         lines.append(
             (
                 f"memory {pack.name}",
-                f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)} mapped from disk; "
+                f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)}; "
                 f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
             )
         )
+    lines += describe_places(loaded)
     replaced = stem_layers(loaded.memories.packs)
     if replaced:
         config = loaded.source.config
@@ -238,4 +305,16 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
         lines.append(("up-projections", f"{mebibytes(size)} at {len(replaced)} layers {state}: STEM rows replace them"))
     if loaded.token_budget < settings.max_num_batched_tokens:
         lines.append(("token budget", f"{loaded.token_budget} per step, lowered so that rows fit --staging"))
+    return lines
+
+
+def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
+    """Where every table went, and why; for copies, how the memory is held."""
+    assert loaded.memories is not None
+    tables = {table.name: table for pack in loaded.memories.packs for table in pack.tables.values()}
+    lines = []
+    for found in loaded.plan.places:
+        table = tables[found.need.name]
+        note = f"; {table.note}" if isinstance(table, PinnedTable) else ""
+        lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}"))
     return lines

@@ -143,7 +143,7 @@ class TokenOutput:
 class MemoryCounters:
     """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, bytes
     sent to the device, pages asked for ahead, rows the hot-row cache held, its admissions and evictions. Now: rows it
-    has room for, its bytes, where the table is placed and how much of it is in memory, the hot list's age.
+    has room for, its bytes, where the table is placed, the hot list's age.
 
     `fetch_counts`: fetches by duration, one count per bound of the prefetcher and one beyond.
     """
@@ -161,13 +161,25 @@ class MemoryCounters:
     evictions: int = 0
     capacity: int = 0
     cache_bytes: int = 0
-    placement: Literal["device", "pinned", "mapped"] = "mapped"
-    resident_bytes: int = 0
+    placement: str = "mapped"  # or device, pinned
     hot_list_age_s: float | None = None
     fetch_counts: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
         return MemoryCounters, tuple(getattr(self, name) for name in self.__slots__)  # as TokenOutput's, above
+
+
+@dataclass(frozen=True, slots=True)
+class TableResidency:
+    """Bytes of one table in memory now. `counted`: "mincore", "sampled", "touched", "copied" or "unknown"."""
+
+    table: str
+    layer: int
+    bytes: int
+    counted: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return TableResidency, (self.table, self.layer, self.bytes, self.counted)  # as TokenOutput's
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +200,7 @@ class EngineStats:
     prefix_hits_total: int = 0
     memory: tuple[MemoryCounters, ...] = ()
     table_fault: str | None = None
+    resident: tuple[TableResidency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

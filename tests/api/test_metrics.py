@@ -21,7 +21,7 @@ from server.api.gpu_metrics import Gpus
 from server.api.metrics import RequestMetrics, registry
 from server.api.process_metrics import cpu, disk_read, resident
 from server.errors import SettingsError
-from server.runtime.messages import EngineStats, MemoryCounters
+from server.runtime.messages import EngineStats, MemoryCounters, TableResidency
 from server.settings import Settings
 
 NO_FETCHES = (0,) * (len(metrics.MEMORY_FETCH.buckets) + 1)
@@ -57,13 +57,18 @@ def test_each_table_and_layer_has_its_own_figures() -> None:
 
 
 @pytest.mark.parametrize("placement", ["device", "pinned", "mapped"])
-def test_rows_by_tier_sum_to_the_rows_looked_up(placement: Any) -> None:
-    hot = {"device_hits": 7, "capacity": 100, "cache_bytes": 64, "resident_bytes": 1000, "placement": placement}
-    values = scraped(EngineStats(memory=(replace(COUNTERS, **hot),)))
+def test_rows_by_tier_sum_to_the_rows_looked_up(placement: str) -> None:
+    values = scraped(EngineStats(memory=(replace(COUNTERS, device_hits=7, placement=placement),)))
     hits = {tier: values["engram_memory_hits_total", "1", "pack", tier] for tier in ("device", "pinned", "mapped")}
     assert sum(hits.values()) == COUNTERS.rows and hits["device"] >= 7 and hits[placement] >= 3
-    resident = {t: values["engram_memory_resident_bytes", "1", "pack", t] for t in ("device", "pinned", "mapped")}
-    assert sum(resident.values()) == 1064 and resident[placement] >= 1000 and resident["device"] >= 64
+
+
+def test_resident_bytes_stand_in_their_tier_with_how_they_were_counted() -> None:
+    resident = (TableResidency("pack", 1, 1000, "mincore"), TableResidency("pack", 7, 5, "unknown"))
+    hot = replace(COUNTERS, capacity=100, cache_bytes=64)
+    values = scraped(EngineStats(memory=(hot, replace(COUNTERS, layer=7)), resident=resident))
+    found = {key[1:]: value for key, value in values.items() if key[0] == "engram_memory_resident_bytes"}
+    assert found == {("mincore", "1", "pack", "mapped"): 1000, ("cached", "1", "pack", "device"): 64}
 
 
 def test_what_is_not_there_is_absent_not_zero() -> None:

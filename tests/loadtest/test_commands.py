@@ -1,0 +1,105 @@
+"""Locust against a live server: the documentation's commands run, and client and server count the same tokens."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live import ROOT, Live, live_server
+from tests.test_readme import BLOCKS, Block
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="no locust: pip install -e '.[loadtest]'"),
+]
+COMMANDS = [block for block in BLOCKS if block.needs == "locust"]
+
+
+@pytest.fixture(scope="module")
+def live(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with live_server(log, "--model", str(tiny_llama_folder), "--kv-bytes", "32M", "--threads", "1") as live:
+        yield live
+
+
+def locust(command: str, live: Live, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command as printed but for the port, its length, and a page nobody would close."""
+    text = command.replace(":8000", f":{live.port}").replace(" -t 60s", " -t 3s").replace("--stage 20", "--stage 1")
+    text = text.replace("--arrivals 1 ", "--arrivals 5 ").replace("loadtest/", f"{ROOT}/loadtest/")
+    text = text.replace(".venv/bin/locust", f"{shlex.quote(sys.executable)} -m locust")
+    if "--headless" not in text:
+        text = text.rstrip() + " --headless -u 5 -r 5 -t 3s\n"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text], cwd=folder, capture_output=True, text=True, timeout=90
+    )
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=str)
+def test_the_commands_of_the_documentation_run_without_a_failed_request(
+    block: Block, live: Live, tmp_path: Path
+) -> None:
+    done = locust(block.text, live, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^(\S+)\s+(?:.*?)\s{2,}(\d+)\s+(\d+)\(", done.stdout + done.stderr, re.MULTILINE)
+    entries = {name: (int(requests), int(failed)) for name, requests, failed in rows}
+    assert {"TTFT", "ITL", "tokens/s"} <= entries.keys()
+    assert all(requests > 0 and failed == 0 for requests, failed in entries.values()), entries
+
+
+def test_client_and_server_count_the_same_tokens_and_requests(live: Live, tmp_path: Path) -> None:
+    before = live.gauges()
+    command = ".venv/bin/locust -f loadtest/locustfile.py Streaming --host http://127.0.0.1:8000 --headless -u 2 -r 2"
+    done = locust(f"{command} -t 60s --csv out", live, tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out_stats.csv").open() as file:
+        counted = {row["Type"]: row for row in csv.DictReader(file)}
+    after = live.gauges()
+
+    def grown(name: str) -> float:
+        return sum(value - before.get(key, 0.0) for key, value in after.items() if key.split("{")[0] == name)
+
+    for kind, name in (("TTFT", "time_to_first_token_seconds"), ("ITL", "inter_token_latency_seconds")):
+        seen = int(counted[kind]["Request Count"])
+        # Answers that the end of the run cut off are the server's alone: at most one of each user.
+        longest = 2 * (32 if kind == "ITL" else 1)
+        assert seen <= grown(f"engram_{name}_count") <= seen + longest
+        assert float(counted[kind]["Average Response Time"]) > 0
+
+
+def test_overhead_writes_figures_a_line_per_turn_and_a_picture(
+    tiny_llama_folder: Path, tmp_path: Path, tiny_pack: Path
+) -> None:
+    arguments = (
+        "--model",
+        str(tiny_llama_folder),
+        "--memory",
+        str(tiny_pack),
+        "--out",
+        str(tmp_path),
+        "--seconds",
+        "5",
+    )
+    command = [sys.executable, "-m", "loadtest.overhead", *arguments, "--tokens", "4", "--serve", "--kv-bytes", "32M"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    result: dict[str, Any] = json.loads((tmp_path / "overhead.json").read_text())
+    assert done.returncode == result["exit_code"], done.stderr
+    assert set(result["overhead"]) == {"offload over resident", "offload over none", "resident over none"}
+    assert set(result["overhead"]["offload over resident"]) == {"1", "8"}
+    assert result["same_text_offload_and_resident"] == 1.0  # a table's place changes no value
+    assert result["memory"]["none"] is None
+    assert result["memory"]["offload"]["rows"] == result["memory"]["resident"]["rows"] > 0
+    assert result["memory"]["resident"]["hit_rate"] == 1.0
+    lines = (tmp_path / "overhead.csv").read_text().splitlines()
+    assert len(lines) == 1 + result["rounds"] * 3 * 2
+    assert (tmp_path / "overhead.png").read_bytes()[:4] == b"\x89PNG"
+    assert "offload over resident" in done.stdout

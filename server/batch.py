@@ -37,6 +37,7 @@ class Batch:
     windows[T, n]                          raw ids; column s is the s-th predecessor by position in the sequence
     blocked[T, n]                          True before the sequence's start, or where a token takes part in no n-gram
     sample_at                              int64 tensor: the rows of the flat batch whose logits are wanted
+    askers[T]                              which request each token is of, a number under 2^32; None if nobody counts
     """
 
     token_ids: Tensor
@@ -52,6 +53,7 @@ class Batch:
     blocked: Bools
     sample_at: Tensor
     block_size: int
+    askers: Ints | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -245,6 +245,20 @@ def inspect(
     inspect(path=path, json=json, verify=verify)
 
 
+@app.command()
+def hotlist(
+    model: ModelArgument,
+    memory: Annotated[Path, typer.Option(help="pack whose cache is to start warm", metavar="PACK")],
+    corpus: Annotated[Path, typer.Option(help="text of the kind that the server will read", metavar="TEXT")],
+    entries: Annotated[int, typer.Option(min=1, help="most n-grams of each layer and length")] = 200_000,
+) -> None:
+    """Make a pack's hot list from a text: what `serve --device-cache` starts with."""
+    from server.commands.hotlist import hotlist
+
+    path, made = hotlist(model=model, memory=memory, corpus=corpus, most=entries)
+    typer.echo(f"wrote {made.size:,} n-grams to {path}")
+
+
 @bench.command()
 def decode(
     model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
@@ -267,6 +281,17 @@ def memory(
     from server.bench.memory import run
 
     run(model=model, turns=turns, json=json)
+
+
+@bench.command()
+def cache(
+    model: Annotated[str, typer.Option(help="whose tokenizer cuts the real text")] = DEFAULT_MODEL,
+    json: JsonFile = None,
+) -> None:
+    """The hit rate of the hot rows beside the best possible, on Zipf traces, after a drift, and on real text."""
+    from server.bench.cache import run
+
+    run(model=model, json=json)
 
 
 def main() -> None:

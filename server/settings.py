@@ -67,6 +67,12 @@ class Settings:
         size=True,
     )  # fmt: skip
     staging: int = setting(64 * MIB, "bytes of staging buffers for fetched rows", "memory", size=True)
+    device_cache: int = setting(
+        0, "bytes of device memory that keep the rows most asked for; 0: none", "memory", size=True
+    )
+    hot_list: str = setting(
+        "on", "keep the hottest n-grams over restarts (with a device cache)", "memory", choices=("on", "off")
+    )
 
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")
     max_num_batched_tokens: int = setting(512, "tokens computed per step: decode first, the rest prefill", "scheduler")
@@ -148,6 +154,12 @@ def hashed_key(key: str, origin: str) -> str:
     if not KEY.fullmatch(key):
         raise SettingsError(f"{origin}: a key is 1 to 512 visible ASCII characters without spaces")
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept between runs: $XDG_CACHE_HOME/engram-server, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "engram-server"
 
 
 def flag(name: str) -> str:

@@ -12,118 +12,40 @@ Shapes: T tokens, C rows per token, D values per row, O n-gram orders, U distinc
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from server.cache.row_table import Ids, Table
+from server.cache.counters import LayerCounters
+from server.cache.hot_rows import HotRows
+from server.cache.lookup import Fetch, Lookup, UniqueRows
+from server.cache.row_reader import RowReader
 from server.cache.staging import HALVES, Staging, step_bytes
+from server.cache.tally import Tally
 from server.errors import CapacityError, NotReady, StepFailed
 from server.metrics import MEMORY_FETCH
 
-DECODE_VALUES = 32768  # values per torch call: a larger call would start a second team of compute threads
+__all__ = ["Fetch", "LayerCounters", "Lookup", "Prefetcher", "UniqueRows"]
+
+logger = logging.getLogger(__name__)
+
 MAX_HINTS = 64
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lookup:
-    """Rows row_ids[T, C] of `table`, for `layer`. The arrays must not be changed afterwards.
-
-    `keys`[T, O] names the n-grams behind the rows, for caches. `dedup`: read each distinct row once.
-    """
-
-    table: Table
-    layer: int
-    row_ids: Ids
-    keys: Ids | None = None
-    dedup: bool = False
-
-    def same_rows(self, other: Lookup) -> bool:
-        return self is other or (
-            self.table is other.table
-            and self.layer == other.layer
-            and self.dedup == other.dedup
-            and np.array_equal(self.row_ids, other.row_ids)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class UniqueRows:
-    """rows[U, D], and inverse[T, C]: which of them each token's columns read."""
-
-    rows: Tensor
-    inverse: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCounters:
-    """Running totals of one (table, layer): rows and bytes read from the table, seconds fetching, seconds waited,
-    bytes sent to a device.
-
-    A fetch counts once it has been waited for.
-    """
-
-    table: str
-    layer: int
-    rows: int = 0
-    bytes: int = 0
-    fetch_s: float = 0.0
-    stall_s: float = 0.0
-    device_bytes: int = 0
-
-
-class Fetch:
-    """One lookup under way. Its rows may be read until the `hint` or `begin` that follows the next step's `begin`."""
-
-    __slots__ = (
-        "begin", "copied", "counted", "done_at", "dropped", "error", "inverse", "issued", "lookup", "pending",
-        "prefetcher", "rows", "rows_read", "step",
-    )  # fmt: skip
-
-    def __init__(self, prefetcher: Prefetcher, lookup: Lookup, begin: int, step: int, issued: float) -> None:
-        self.prefetcher, self.lookup, self.begin, self.step = prefetcher, lookup, begin, step
-        self.issued = self.done_at = issued
-        self.pending = threading.Lock()  # held until the rows are there; much cheaper to make than an Event
-        self.pending.acquire()
-        self.error: Exception | None = None
-        self.dropped = self.counted = False
-        self.rows: Tensor | None = None  # [T · C, D], or [U, D]
-        self.rows_read = 0
-        self.inverse: Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
-
-    def wait(self) -> Tensor:
-        """Blocks until the rows are there: [T, C · D] in the model's dtype and on its device.
-
-        Raises what the table raised (TableError), NotReady if the prefetcher was closed first, StepFailed if the rows
-        are overwritten already.
-        """
-        rows = self.prefetcher.wait(self)
-        tokens, columns = self.lookup.row_ids.shape
-        if self.inverse is not None:
-            rows = rows.index_select(0, self.inverse.view(-1))
-        return rows.view(tokens, columns * self.lookup.table.dim)
-
-    def wait_unique(self) -> UniqueRows:
-        """As `wait`, for a lookup with `dedup`: the distinct rows and the way back to tokens."""
-        rows = self.prefetcher.wait(self)
-        if self.inverse is None:
-            raise ValueError("wait_unique() is for lookups with dedup=True")
-        return UniqueRows(rows, self.inverse)
+Job = Callable[[], object]
 
 
 class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
+    `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint` and `wait` belong to one thread, the engine's; `close` and `counters` may be called from any.
+    `begin`, `hint` and `wait` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
+    called from any.
     """
 
     def __init__(
@@ -132,19 +54,19 @@ class Prefetcher:
         device: torch.device,
         staging_bytes: int,
         prefetch: bool = True,
+        hot: HotRows | None = None,
         fetch_bounds: tuple[float, ...] = MEMORY_FETCH.buckets,
     ) -> None:
-        self.staging = Staging(staging_bytes, dtype, device)
+        self.staging, self.hot = Staging(staging_bytes, dtype, device), hot
+        self._reader = RowReader(self.staging, hot)
         self._step = 0
         self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
-        self._counters: dict[tuple[str, int], LayerCounters] = {}
         self._fetch_bounds = fetch_bounds
-        self._fetch_counts: dict[tuple[str, int], list[int]] = {}
-        self._raw = np.empty(0, np.uint8)  # row bytes between gather and decode
+        self._tallies: dict[tuple[str, int], Tally] = {}
         self._lock = threading.Lock()  # closing against queueing
         self._closed = False
-        self._queue: SimpleQueue[list[Fetch] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Fetch] | Job | None] = SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="prefetcher", daemon=True) if prefetch else None
         if self._worker is not None:
             self._worker.start()
@@ -155,6 +77,8 @@ class Prefetcher:
         Rows of the step before the last are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
+        if self._worker is None:
+            self._do_jobs()
         issued = time.perf_counter()
         self._step += 1
         self._oldest = self._step - HALVES + 1
@@ -202,16 +126,22 @@ class Prefetcher:
             torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
         if not fetch.counted:
             fetch.counted = True
-            self._count(fetch, stall)
+            self._tally(fetch.lookup).add(fetch, stall)
         assert fetch.rows is not None  # only dropped hints have none, and nobody holds those
         return fetch.rows
 
     def counters(self) -> tuple[LayerCounters, ...]:
-        return tuple(self._counters.values())
+        return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
+
+    def between_fetches(self, job: Job) -> None:
+        """Has `job` done by the thread that fetches, after what is queued now. Dropped after `close`."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put(job)
 
     def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
-        return {key: tuple(counts) for key, counts in self._fetch_counts.items()}
+        return {key: tuple(tally.durations) for key, tally in list(self._tallies.items())}
 
     def close(self) -> None:
         """Ends the worker; fetches not yet served fail with NotReady. May be called twice, and from any thread."""
@@ -253,9 +183,40 @@ class Prefetcher:
                 self._queue.put(fetches)
 
     def _work(self) -> None:
-        while (fetches := self._queue.get()) is not None:
-            for fetch in fetches:
+        while (work := self._queue.get()) is not None:
+            if callable(work):
+                self._do(work)
+                continue
+            for fetch in work:
                 self._serve(fetch)
+            if work:
+                self._learn(work[-1].step)
+
+    def _do_jobs(self) -> None:
+        """Without a worker: what it would do between fetches."""
+        self._learn(self._step)
+        while True:
+            try:
+                job = self._queue.get_nowait()
+            except Empty:
+                return
+            if callable(job):
+                self._do(job)
+
+    def _do(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:
+            logger.exception("work between fetches failed")
+
+    def _learn(self, step: int) -> None:
+        if self._reader.hot is None:
+            return
+        try:
+            self._reader.hot.learn_if_due(step)
+        except Exception:  # rows can be had without a cache, and not without this thread
+            logger.exception("the device cache failed and is not used any more")
+            self._reader.hot = None
 
     def _serve(self, fetch: Fetch) -> None:
         """Reads the fetch's rows, or keeps the error for `wait`."""
@@ -263,52 +224,15 @@ class Prefetcher:
             if self._closed:
                 raise NotReady("the prefetcher was closed before these rows were read")
             if not fetch.dropped:
-                self._fill(fetch)
+                self._reader.fill(fetch)
         except Exception as error:
             fetch.error = error
         fetch.done_at = time.perf_counter()
         fetch.pending.release()
 
-    def _fill(self, fetch: Fetch) -> None:
-        lookup = fetch.lookup
-        ids = np.ascontiguousarray(lookup.row_ids.reshape(-1))
-        if lookup.dedup:
-            ids, inverse = np.unique(ids, return_inverse=True)
-            fetch.inverse = torch.from_numpy(inverse.reshape(lookup.row_ids.shape)).to(self.staging.device)
-        fetch.rows_read = len(ids)
-        half = self.staging.half(fetch.step)
-        host, fetch.rows = self.staging.buffers(half, fetch.begin, len(ids), lookup.table.dim)
-        self._read(lookup.table, ids, host)
-        fetch.copied = self.staging.send(half, host, fetch.rows)
-
-    def _read(self, table: Table, ids: Ids, out: Tensor) -> None:
-        """Rows ids[N] → out[N, D]: one gather, straight into `out` if nothing is to be decoded."""
-        if table.row_type.is_stored_as(out.dtype) and table.row_bytes == table.dim * out.itemsize:
-            table.gather(ids, out.view(torch.uint8).numpy())
-            return
-        nbytes = len(ids) * table.row_bytes
-        if nbytes > len(self._raw):
-            self._raw = np.empty(nbytes, np.uint8)
-        raw = self._raw[:nbytes].reshape(len(ids), table.row_bytes)
-        table.gather(ids, raw)
-        piece = max(1, DECODE_VALUES // table.dim)
-        for at in range(0, len(ids), piece):
-            table.row_type.decode(torch.from_numpy(raw[at : at + piece]), out[at : at + piece])
-
-    def _count(self, fetch: Fetch, stall: float) -> None:
-        table, layer = fetch.lookup.table, fetch.lookup.layer
-        key = table.name, layer
-        sums = self._counters.get(key) or LayerCounters(*key)
-        seconds = fetch.done_at - fetch.issued
-        sent = fetch.rows_read * table.dim * self.staging.dtype.itemsize if fetch.copied is not None else 0
-        self._counters[key] = LayerCounters(
-            table.name,
-            layer,
-            sums.rows + fetch.rows_read,
-            sums.bytes + fetch.rows_read * table.row_bytes,
-            sums.fetch_s + seconds,
-            sums.stall_s + stall,
-            sums.device_bytes + sent,
-        )
-        counts = self._fetch_counts.setdefault(key, [0] * (len(self._fetch_bounds) + 1))
-        counts[bisect_left(self._fetch_bounds, seconds)] += 1
+    def _tally(self, lookup: Lookup) -> Tally:
+        key = lookup.table.name, lookup.layer
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders, self._fetch_bounds)
+        return tally

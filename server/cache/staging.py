@@ -12,6 +12,7 @@ Knows sizes, nothing of tables' contents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -88,9 +89,17 @@ class Staging:
         """On the worker: starts copying to the device. The event of the copy's end; None on CPU."""
         if self._stream is None:
             return None
-        with torch.cuda.stream(self._stream):
+        with self.on_side_stream():
             device.copy_(host, non_blocking=True)
-            half.copied = self._stream.record_event()
+            return self.sent(half)
+
+    def on_side_stream(self) -> AbstractContextManager[object]:
+        """Where the worker's own work on the device goes; on CPU it makes no difference."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def sent(self, half: Half) -> torch.cuda.Event | None:
+        """After work on the side stream that fills the device's side of `half`: the event of its end; None on CPU."""
+        half.copied = None if self._stream is None else self._stream.record_event()
         return half.copied
 
 

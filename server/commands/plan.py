@@ -39,6 +39,8 @@ def lines(prepared: Prepared, settings: Settings) -> list[tuple[str, str, int, s
             found.append((f"layers of {pack.name}", device, nbytes, "beside the weights"))
     if plan.places:
         found.append(("staging", device, plan.staging, f"--staging; {plan.token_budget} tokens a step"))
+    if plan.places and settings.device_cache:
+        found.append(("hot rows", device, settings.device_cache, "--device-cache"))
     for place in plan.places:
         found.append((f"table {place.need.name}", place.tier, place.need.nbytes, place.reason))
     if plan.room.host_limit:

@@ -69,6 +69,13 @@ class Addresser(ABC):
     def mix(self, layer_id: int, windows: Ids, blocked: Any) -> Ids:
         """int64[T, O] the hash before the modulus, one per order: equal mixes read equal rows."""
 
+    @abstractmethod
+    def rows_of_mix(self, layer_id: int, order: int, mix: Ints) -> Ints:
+        """int64[M, heads] the rows of mix[M], all of one order: those that `rows` gives an n-gram of this hash.
+
+        A mix that no token-id table can have leads past its end. Raises KeyError for a layer without a table.
+        """
+
 
 def from_config(config: Mapping[str, Any], *, tokenizer: Any = None) -> Addresser:
     """The addresser of a checkpoint's or pack's config; `families.py` lists the field names.
@@ -144,6 +151,14 @@ class NGramAddresser(Addresser):
 
     def mix(self, layer_id: int, windows: Ids, blocked: Any) -> Ids:
         return cast(Ids, self._mix(windows, blocked, self._constants_for(windows, layer_id))[0])
+
+    def rows_of_mix(self, layer_id: int, order: int, mix: Ints) -> Ints:
+        primes = np.array(self.primes[layer_id], np.int64)
+        index = self.orders.index(order)
+        before = int(primes[:index].sum())
+        sizes = primes[index]
+        rows: Ints = mix[:, None] % sizes + (before + np.cumsum(sizes) - sizes)
+        return rows
 
     def _hashed_ids(self, windows: Any, blocked: Any, constants: Constants) -> Any:
         """[T, n] compressed ids, the pad wherever the three rules put it."""
@@ -221,3 +236,8 @@ class TokenIdAddresser(Addresser):
 
     def mix(self, layer_id: int, windows: Ids, blocked: Any) -> Ids:
         return self.rows(layer_id, windows, blocked)
+
+    def rows_of_mix(self, layer_id: int, order: int, mix: Ints) -> Ints:
+        if layer_id not in self.rows_per_table:
+            raise KeyError(layer_id)
+        return mix[:, None]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
 from server.memory.short_conv import ConvRead
 from server.memory.stem import StemPack, StemReading, redirected
+from server.memory.warm_start import WarmStart
 from server.view import MemoryView
 
 # A hint costs about 0.4 ms of a step here (hashing and queueing, with cold processor caches) and gains the time between
@@ -108,15 +109,19 @@ class MemoryStep:
 
 
 class Memories:
-    """`packs` in attachment order. `window`: the longest n-gram any of them looks at."""
+    """`packs` in attachment order. `window`: the longest n-gram any of them looks at. `hot_list`: whether the cache, if
+    there is one, starts with what was hot in the last run."""
 
     def __init__(
         self,
         packs: Sequence[AttachedPack | StemPack],
         prefetcher: Prefetcher,
         residency: Residency | None = None,
+        *,
+        hot_list: bool = False,
     ) -> None:
         self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
+        self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
         self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
@@ -140,7 +145,7 @@ class Memories:
         for pack in self.packs:
             seen = seen_by(batch, pack)
             if seen is not None:
-                found = self._lookups(pack, seen.windows, seen.blocked)
+                found = self._lookups(pack, seen.windows, seen.blocked, askers_of(batch, seen))
                 planned += [(lookup.layer, pack, lookup, seen) for lookup in found]
         if not planned:
             return None
@@ -168,26 +173,30 @@ class Memories:
             DeviceFetch(lookup, dtype) if isinstance(lookup.table, DeviceTable) else next(begun) for lookup in lookups
         ]
 
-    def hint(self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView]) -> None:
+    def hint(
+        self, sequences_windows: Ints, blocked: Bools, views: Sequence[MemoryView], askers: Ints | None = None
+    ) -> None:
         """Starts fetching the rows of tokens that the next step will read, if every one of them sees a pack.
 
-        windows[T, n], blocked[T, n] of the tokens just sampled, and their views. What turns out not to be asked for
-        is dropped by the prefetcher.
+        windows[T, n], blocked[T, n] of the tokens just sampled, their views, and askers[T] where these are counted.
+        What turns out not to be asked for is dropped by the prefetcher.
         """
         planned: list[Lookup] = []
         for pack in self.packs:
             if all(pack.id in view.packs for view in views):
-                found = self._lookups(pack, sequences_windows, blocked)
+                found = self._lookups(pack, sequences_windows, blocked, askers)
                 planned += [lookup for lookup in found if not isinstance(lookup.table, DeviceTable)]
         planned.sort(key=lambda lookup: (lookup.layer, lookup.dedup))
         self.prefetcher.hint(planned)
 
-    def _lookups(self, pack: AttachedPack | StemPack, windows: Ints, blocked: Bools) -> list[Lookup]:
+    def _lookups(
+        self, pack: AttachedPack | StemPack, windows: Ints, blocked: Bools, askers: Ints | None
+    ) -> list[Lookup]:
         """The pack's lookups; those just hinted are found again instead of hashed again."""
         last = self._addressed.get(pack.id)
         if last is None or not (np.array_equal(last[0], windows) and np.array_equal(last[1], blocked)):
             last = self._addressed[pack.id] = windows, blocked, lookups(pack, windows, blocked)
-        return last[2]
+        return last[2] if askers is None else [replace(lookup, askers=askers) for lookup in last[2]]
 
     def page_in(self, windows: Ints, blocked: Bools, view: MemoryView) -> None:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
@@ -236,7 +245,13 @@ class Memories:
         broken = {pack.id: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
         return {identity: faults[0] for identity, faults in broken.items() if faults}
 
+    def hot_list_ages(self) -> dict[str, float]:
+        """Table → seconds since the hot list in use was saved, for those that have one."""
+        return self.warm.ages() if self.warm is not None else {}
+
     def close(self) -> None:
+        if self.warm is not None:
+            self.warm.close()
         self._pager.shutdown(cancel_futures=True)
         self.prefetcher.close()
         if self.residency is not None:
@@ -255,9 +270,9 @@ def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools, paged: Counte
 
 def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:
     """One a layer. Token-id rows are large and repeat within a step, so that each distinct one is read once."""
-    dedup = isinstance(pack, StemPack)
+    dedup, orders = isinstance(pack, StemPack), pack.addresser.orders
     addresses = pack.address(windows, blocked)
-    return [Lookup(pack.tables[layer], layer, *address, dedup=dedup) for layer, address in addresses.items()]
+    return [Lookup(pack.tables[layer], layer, rows, keys, dedup, orders) for layer, (rows, keys) in addresses.items()]
 
 
 def seen_by(batch: Batch, pack: Attachment) -> Seen | None:
@@ -273,6 +288,10 @@ def seen_by(batch: Batch, pack: Attachment) -> Seen | None:
     if isinstance(pack, StemPack) and any(view.redirects for view in batch.views):
         return redirect(batch, seen)
     return seen
+
+
+def askers_of(batch: Batch, seen: Seen) -> Ints | None:
+    return batch.askers if batch.askers is None or seen.tokens is None else batch.askers[seen.tokens]
 
 
 def redirect(batch: Batch, seen: Seen) -> Seen:

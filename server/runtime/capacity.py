@@ -90,7 +90,7 @@ def plan(
     token_bytes = kv_bytes_per_token(config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
     kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len, available=free - weights)
     staging = settings.staging if packs else 0
-    on_device = weights + kv.nbytes + staging
+    on_device = weights + kv.nbytes + staging + (settings.device_cache if packs else 0)
     host_free = available_memory() - staging - (on_device - staging if device.type == "cpu" else 0)
     room = Room(device.type, free - on_device, host_free, settings.host_memory_limit)
     needs, lookups = [], []

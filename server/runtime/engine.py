@@ -12,6 +12,7 @@ import secrets
 import time
 from dataclasses import fields
 
+from server.cache.counters import LayerCounters
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
@@ -32,6 +33,7 @@ from server.view import BARE, MemoryView
 
 logger = logging.getLogger(__name__)
 
+COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
 
 
@@ -272,13 +274,14 @@ class Engine:
 def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
     """What the cache counts, as the message that crosses the pipe."""
     durations, placements = memories.prefetcher.fetch_counts(), memories.placements()
-    paged = memories.page_ins()
+    paged, ages = memories.page_ins(), memories.hot_list_ages()
     return tuple(
         MemoryCounters(
-            **{f.name: getattr(counters, f.name) for f in fields(counters)},
+            **{name: getattr(counters, name) for name in COUNTED},
             fetch_counts=durations.get((counters.table, counters.layer), ()),
             placement=placements.get((counters.table, counters.layer), "mapped"),
             page_ins=paged.get((counters.table, counters.layer), 0),
+            hot_list_age_s=ages.get(counters.table),
         )
         for counters in memories.counters()
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
+from server.cache.hot_rows import HotRows, Source
 from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
 from server.cache.residency import Residency
@@ -163,10 +164,15 @@ def load(settings: Settings) -> Loaded:
     memories = None
     if packs:
         place(packs, prepared.plan, device)
-        bounds = buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
-        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", bounds)
-        memories = Memories(packs, prefetcher, watch(packs, prepared.plan))
+        hot = device_cache(settings, packs, device)
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
+        memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
     return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
+
+
+def fetch_bounds(settings: Settings) -> tuple[float, ...]:
+    """Seconds by which the prefetcher counts its fetches, for the metrics."""
+    return buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
 
 
 def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, device: torch.device) -> None:
@@ -198,6 +204,25 @@ def placed(table: Table, tier: str, device: torch.device) -> Table:
         copy = PinnedTable(table)
     table.close()
     return copy
+
+
+def device_cache(settings: Settings, packs: Sequence[AttachedPack | StemPack], device: torch.device) -> HotRows | None:
+    """The hot rows of --device-cache, for all tables that are not on the device as a whole.
+
+    Raises CapacityError if it is too small or does not fit.
+    """
+    sources = [
+        Source(table, layer, pack.addresser.orders, pack.addresser.heads)
+        for pack in packs
+        for layer, table in pack.tables.items()
+        if not isinstance(table, DeviceTable)
+    ]
+    if not settings.device_cache or not sources:
+        return None
+    try:
+        return HotRows(settings.device_cache, sources, device)
+    except (RuntimeError, MemoryError) as error:
+        raise CapacityError(f"no room on {device} for --device-cache {settings.device_cache}; set it lower") from error
 
 
 def open_packs(
@@ -295,6 +320,12 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
                 f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)}; "
                 f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
             )
+        )
+    hot = loaded.memories.prefetcher.hot
+    if hot is not None:
+        pools = ", ".join(f"{pool.capacity:,} entries of {size:,} bytes" for size, pool in hot.pools.items())
+        lines.append(
+            ("device cache", f"{mebibytes(hot.nbytes)}: {pools}; {mebibytes(hot.host_bytes)} of tags in host memory")
         )
     lines += describe_places(loaded)
     replaced = stem_layers(loaded.memories.packs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.cache.counters import OrderCounters
 from server.errors import EngramError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -141,11 +142,12 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class MemoryCounters:
-    """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, bytes
-    sent to the device, pages asked for ahead, rows the hot-row cache held, its admissions and evictions. Now: rows it
-    has room for, its bytes, where the table is placed, the hot list's age.
+    """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, rows
+    the device cache held, let in and put out, bytes sent to the device, pages asked for ahead. Now: rows the cache's
+    pool has room for, bytes it holds, where the table is placed, the hot list's age.
 
-    `fetch_counts`: fetches by duration, one count per bound of the prefetcher and one beyond.
+    `orders`: the rows by n-gram length and by where they were found. `fetch_counts`: fetches by duration, one count per
+    bound of the prefetcher and one beyond.
     """
 
     table: str
@@ -164,6 +166,7 @@ class MemoryCounters:
     placement: str = "mapped"  # or device, pinned
     hot_list_age_s: float | None = None
     fetch_counts: tuple[int, ...] = ()
+    orders: tuple[OrderCounters, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
         return MemoryCounters, tuple(getattr(self, name) for name in self.__slots__)  # as TokenOutput's, above

@@ -185,4 +185,6 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
         changes = MemoryChanges(engine, settings, loaded)
         EngineLoop(engine, pipe, changes).run()
         changes.close()
+        if loaded.memories is not None:
+            loaded.memories.close()
     pipe.close()

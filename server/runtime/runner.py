@@ -6,11 +6,13 @@ logits only where a token is wanted; sample. Knows tensors; nothing of queues, b
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.batch import Batch
+from server.batch import Batch, Ints
 from server.memory.addressing import windows_of
 from server.memory.memories import Memories
 from server.models.attention.base import AttentionBackend
@@ -70,7 +72,17 @@ class Runner:
         rows = np.array([sequence.row for sequence, _ in sampled])
         positions = np.array([sequence.length for sequence, _ in sampled])
         self.table.tokens[rows, self.table.pad + positions] = [token.token_id for _, token in sampled]
-        self.memories.hint(*self.table.windows(rows, positions), [sequence.view for sequence, _ in sampled])
+        sequences = [sequence for sequence, _ in sampled]
+        askers = self._askers(sequences) if self._counts_askers else None
+        self.memories.hint(*self.table.windows(rows, positions), [s.view for s in sequences], askers)
+
+    @property
+    def _counts_askers(self) -> bool:
+        return self.memories is not None and self.memories.warm is not None
+
+    def _askers(self, sequences: list[Sequence]) -> Ints:
+        """A number per request, the same for all its sequences and tokens."""
+        return np.array([crc32(sequence.request_id.encode()) for sequence in sequences], np.int64)
 
     def page_in(self, sequence: Sequence) -> None:
         """The rows of a prompt that begins to wait: the OS reads their pages meanwhile."""
@@ -111,6 +123,7 @@ class Runner:
             blocked=blocked,
             sample_at=torch.tensor(sample_at, dtype=torch.int64, device=self.device),
             block_size=self.block_size,
+            askers=np.repeat(self._askers([work.sequence for work in works]), counts) if self._counts_askers else None,
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:

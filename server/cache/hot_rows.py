@@ -1,0 +1,322 @@
+"""HotRows: the rows most asked for, kept in device memory. It never changes a value, only where it is read.
+
+    keys[T, O] ─ find ─→ hit:  the n-gram's heads, one run of bytes on the device
+                       └ miss: left to the table; remembered, and every few steps the hottest of them enter
+
+An entry is one n-gram's heads together: one hash drives them, so they are hot together. For token-id tables it is one
+row. Tags compare exactly on (table, layer, order, key), where the key is the hash before the modulus; a reloaded table
+gets a new generation of tags, so that nothing cached before answers for it. There is one pool per entry size.
+
+Shapes: T tokens, O orders, C = O · heads rows a token, N = T · O entries, R bytes a row, E = heads · R. Knows ids and
+keys, never tokens. `find`, `assemble` and `learn` belong to one thread, the prefetcher's; the rest may be called from
+any.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.cache.hot_pool import WAYS, HotPool, Newcomers, mixed
+from server.cache.row_table import Ids, Table
+from server.cache.row_types import Bytes
+from server.cache.sketch import Counts, Hashes
+from server.errors import CapacityError, TableError
+
+EVERY = 16  # steps between two admission passes
+MANY = 1 << 14  # entries remembered that start a pass at once, as a long prefill does
+MOST = 512  # entries a source may bring in per pass
+
+SourceKey = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """What can be cached: a table at a layer, its n-gram orders, and how many rows each n-gram reads."""
+
+    table: Table
+    layer: int
+    orders: tuple[int, ...]
+    heads: int
+
+    @property
+    def key(self) -> SourceKey:
+        return self.table.name, self.layer
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.heads * self.table.row_bytes
+
+
+class Occupancy(NamedTuple):
+    """Of a table's pool: the rows it has room for, shared with tables of the same entry size, and the bytes in use by
+    this one."""
+
+    capacity: int
+    nbytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Found:
+    """The answer to one lookup: slots[N] of its entries, -1 for those that `misses` lists beside `hits`."""
+
+    source: Source
+    pool: HotPool
+    owners: Ids
+    keys: Ids
+    hashes: Hashes
+    slots: Ids
+    hits: Ids
+    misses: Ids
+
+    def hits_by_order(self) -> list[int]:
+        orders = len(self.source.orders)
+        return [len(self.hits)] if orders == 1 else np.bincount(self.hits % orders, minlength=orders).tolist()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A lookup to learn from: what was found, and the rows and askers of its entries, [N, heads] and [N]."""
+
+    found: Found
+    row_ids: Ids
+    askers: Ids | None
+
+
+class HotRows:
+    """`nbytes` of device memory for `sources`, each with a (table name, layer) of its own.
+
+    Raises CapacityError, with the value that would do, if one set of every pool does not fit.
+    """
+
+    def __init__(
+        self, nbytes: int, sources: Sequence[Source], device: torch.device, *, every: int = EVERY, most: int = MOST
+    ) -> None:
+        self.sources = {source.key: source for source in sources}
+        self.every, self.most = every, most
+        self.pools = {size: HotPool(size, share, device) for size, share in shares(nbytes, sources).items()}
+        starts = np.cumsum([0] + [len(source.orders) for source in sources]).tolist()
+        ranges = [slice(first, end) for first, end in pairwise(starts)]
+        self._lines = dict(zip(self.sources, ranges, strict=True))  # a number for each (source, order)
+        self._line_count = starts[-1]
+        self.generation = dict.fromkeys(self.sources, 0)
+        self._owners = {key: self._owners_of(key) for key in self.sources}
+        self._admissions = np.zeros(self._line_count, np.int64)
+        self._evictions = np.zeros(self._line_count, np.int64)
+        self._held = np.zeros(self._line_count, np.int64)
+        self._seen: dict[SourceKey, list[Seen]] = {}
+        self._remembered, self._learned_at = 0, 0
+        self._lock = threading.Lock()  # the tags, against reload and hot lists
+
+    @property
+    def nbytes(self) -> int:
+        """Of entries, on the device."""
+        return sum(pool.nbytes for pool in self.pools.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Of tags, counts and sketches, in host memory."""
+        return sum(pool.host_bytes for pool in self.pools.values())
+
+    # ── a step's lookups ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def find(self, table: Table, layer: int, keys: Ids) -> Found | None:
+        """Looks keys[T, O] up. None for tables that are not cached here."""
+        source = self.sources.get((table.name, layer))
+        if source is None or source.table is not table:
+            return None
+        pool = self.pools[source.entry_bytes]
+        owners = np.broadcast_to(self._owners[source.key], keys.shape).reshape(-1)
+        flat = np.ascontiguousarray(keys).reshape(-1)
+        hashes = mixed(owners, flat)
+        with self._lock:
+            slots = pool.find(owners, flat, hashes)
+        hit = slots >= 0
+        return Found(source, pool, owners, flat, hashes, slots, np.flatnonzero(hit), np.flatnonzero(~hit))
+
+    def assemble(self, found: Found, missed: Bytes, out: Bytes) -> None:
+        """On CPU: entries → out[N, E], hits from the cache and missed[M, E] from where the table was read to."""
+        if not len(found.misses):
+            found.pool.read(found.slots, slice(None), out)
+            return
+        words = out.view(np.int64) if out.shape[1] % 8 == 0 else out
+        words[found.misses] = missed.view(words.dtype)
+        if len(found.hits):
+            found.pool.read(found.slots[found.hits], found.hits, out)
+
+    def assemble_on_device(self, found: Found, missed: Tensor) -> Tensor:
+        """uint8[N, E] on the device, on the current stream; missed[M, E] is there already."""
+        raw = torch.empty(len(found.slots), found.pool.entry_bytes, dtype=torch.uint8, device=missed.device)
+        raw.index_copy_(0, torch.from_numpy(found.misses).to(missed.device), missed)
+        hits = torch.from_numpy(found.hits).to(missed.device)
+        return raw.index_copy_(0, hits, found.pool.read_on_device(found.slots[found.hits]))
+
+    def remember(self, found: Found, row_ids: Ids, askers: Ids | None) -> None:
+        """Keeps a lookup for the next `learn`: its row_ids[N · heads], and which request each token is of, [T]."""
+        orders = len(found.source.orders)
+        by_entry = None if askers is None else np.repeat(askers, orders)
+        seen = Seen(found, row_ids.reshape(-1, found.source.heads), by_entry)
+        self._seen.setdefault(found.source.key, []).append(seen)
+        self._remembered += len(found.slots)
+
+    def learn_if_due(self, step: int) -> None:
+        """`learn`, if so many steps have passed or so much is remembered."""
+        if self._remembered and (step - self._learned_at >= self.every or self._remembered >= MANY):
+            self._learned_at = step
+            self.learn()
+
+    def learn(self) -> None:
+        """One admission pass: counts what was hit and missed, and lets the hottest in."""
+        seen, self._seen, self._remembered = self._seen, {}, 0
+        for key, lookups in seen.items():
+            self._learn_source(self.sources[key], lookups)
+
+    def _learn_source(self, source: Source, seen: Sequence[Seen]) -> None:
+        pool = seen[0].found.pool
+        asked = all(lookup.askers is not None for lookup in seen)
+        hits = np.concatenate([lookup.found.slots[lookup.found.hits] for lookup in seen])
+        who = np.concatenate([_at(lookup.askers, lookup.found.hits) for lookup in seen]) if asked else None
+        missed = [(lookup, lookup.found.misses) for lookup in seen if len(lookup.found.misses)]
+        with self._lock:
+            pool.age(sum(len(lookup.found.slots) for lookup in seen))
+            pool.hit(hits, who)
+        if not missed:
+            return
+        hashes = np.concatenate([lookup.found.hashes[places] for lookup, places in missed])
+        distinct, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        owners = np.concatenate([lookup.found.owners[places] for lookup, places in missed])[first]
+        keys = np.concatenate([lookup.found.keys[places] for lookup, places in missed])[first]
+        with self._lock:
+            newcomers = pool.choose(distinct, counts, self.most)
+        if not len(newcomers.places):
+            return
+        row_ids = np.concatenate([lookup.row_ids[places] for lookup, places in missed])[first]
+        self._enter(source, newcomers, owners, keys, row_ids)
+
+    def _enter(self, source: Source, newcomers: Newcomers, owners: Ids, keys: Ids, row_ids: Ids) -> None:
+        """Reads the newcomers' rows and puts them in; all arrays by entry, of which newcomers.places enter."""
+        chosen = newcomers.places
+        if not len(chosen):
+            return
+        rows = np.empty((len(chosen) * source.heads, source.table.row_bytes), np.uint8)
+        try:
+            source.table.gather(np.ascontiguousarray(row_ids[chosen]).reshape(-1), rows)
+        except TableError:
+            return  # the table remembers its fault, and the next request that needs it is told
+        pool = self.pools[source.entry_bytes]
+        entries = rows.reshape(len(chosen), source.entry_bytes)
+        with self._lock:
+            left = pool.enter(newcomers, owners[chosen], keys[chosen], entries)
+            entered = np.bincount(owners[chosen] % self._line_count, minlength=self._line_count)
+            evicted = np.bincount(left % self._line_count, minlength=self._line_count)
+            self._admissions += entered
+            self._evictions += evicted
+            self._held += entered - evicted
+
+    # ── hot lists and reload ───────────────────────────────────────────────────────────────────────────────────────
+
+    def adopt(self, source: Source, order: int, keys: Ids, heat: Counts, row_ids: Ids) -> int:
+        """Lets entries of a hot list in: distinct keys[M] of the order-th order, asked for heat[M] times, their
+        rows[M, heads]. Returns how many entered; those that are here already, or colder than what is, do not.
+
+        Belongs to the thread of `find`.
+        """
+        pool = self.pools[source.entry_bytes]
+        owners = np.full(len(keys), self._owners[source.key][order])
+        hashes = mixed(owners, keys)
+        with self._lock:
+            new = np.flatnonzero(pool.find(owners, keys, hashes) < 0)
+            newcomers = pool.choose(hashes[new], heat[new], len(new))
+        self._enter(source, newcomers, owners[new], keys[new], row_ids[new])
+        with self._lock:
+            slots = pool.find(owners, keys, hashes)
+            pool.mark_shared(slots[slots >= 0])
+        return len(newcomers.places)
+
+    def hot_list(self, source: Source) -> list[tuple[Ids, Counts]]:
+        """Per order, the keys that several distinct requests asked for and how often, aged."""
+        pool = self.pools[source.entry_bytes]
+        with self._lock:
+            return [pool.shared(owner) for owner in self._owners[source.key].tolist()]
+
+    def reload(self, table: Table) -> None:
+        """Forgets all rows of this table: its file is about to be another."""
+        for key, source in self.sources.items():
+            if source.table is table:
+                with self._lock:
+                    for owner in self._owners[key].tolist():
+                        self.pools[source.entry_bytes].drop(owner)
+                    self._held[self._lines[key]] = 0
+                    self.generation[key] += 1
+                    self._owners[key] = self._owners_of(key)
+
+    def moves(self, key: SourceKey) -> list[tuple[int, int]]:
+        """Per order, the rows that entered and the rows that left so far."""
+        lines, heads = self._lines[key], self.sources[key].heads
+        pairs = zip(self._admissions[lines].tolist(), self._evictions[lines].tolist(), strict=True)
+        return [(entered * heads, left * heads) for entered, left in pairs]
+
+    def occupancy(self, key: SourceKey) -> Occupancy:
+        source = self.sources[key]
+        held = int(self._held[self._lines[key]].sum())
+        return Occupancy(self.pools[source.entry_bytes].capacity * source.heads, held * source.entry_bytes)
+
+    def _owners_of(self, key: SourceKey) -> Ids:
+        """[O] the owners of this generation: never used before, since tags of an older one may still be remembered."""
+        first = self._lines[key].start + self.generation[key] * self._line_count
+        return np.arange(first, first + len(self.sources[key].orders))
+
+
+def shares(nbytes: int, sources: Sequence[Source]) -> dict[int, int]:
+    """Bytes of each entry size's pool, so that one more byte saves as much reading in one as in another.
+
+    Under Zipf traffic (exponent 1) a pool of B bytes over n entries saves, per token, keys · E · ln(B / E) / ln n
+    bytes; equal slopes make B proportional to keys · E / ln n. Nobody gets more than all it could hold.
+
+    Raises CapacityError if one set of each does not fit.
+    """
+    pools: dict[int, list[Source]] = {}
+    for source in sources:
+        pools.setdefault(source.entry_bytes, []).append(source)
+    least = {size: WAYS[0] * size for size in pools}
+    if nbytes < sum(least.values()):
+        raise CapacityError(
+            f"--device-cache is {nbytes} bytes; one set of every entry size needs {sum(least.values())}: raise it, or "
+            f"set 0 to do without"
+        )
+    weights, ceilings = {}, {}
+    for size, members in pools.items():
+        entries = sum(max(source.table.rows // source.heads, 2) for source in members)
+        weights[size] = sum(len(source.orders) for source in members) * size / math.log(entries)
+        # Distinct n-grams are not bounded by a hashed table's rows.
+        bounded = all(source.orders == (1,) for source in members)
+        ceilings[size] = max(entries * size, least[size]) if bounded else nbytes
+    return _filled(nbytes, least, ceilings, weights)
+
+
+def _filled(
+    nbytes: int, least: Mapping[int, int], ceilings: Mapping[int, int], weights: Mapping[int, float]
+) -> dict[int, int]:
+    """By weight, within bounds: whoever would fall outside is set to its bound, and the rest is divided anew."""
+    given: dict[int, int] = {}
+    while len(given) < len(weights):
+        open_ = [size for size in weights if size not in given]
+        rest, total = nbytes - sum(given.values()), sum(weights[size] for size in open_)
+        wanted = {size: int(rest * weights[size] / total) for size in open_}
+        low = {size: least[size] for size in open_ if wanted[size] < least[size]}
+        high = {size: ceilings[size] for size in open_ if wanted[size] > ceilings[size]}
+        given |= low or high or wanted
+    return given
+
+
+def _at(askers: Ids | None, places: Ids) -> Ids:
+    assert askers is not None
+    return askers[places]

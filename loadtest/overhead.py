@@ -185,7 +185,8 @@ def memory_use(spent: dict[str, float]) -> dict[str, float] | None:
     rows, steps = spent.get("engram_memory_rows_total", 0.0), spent["engram_step_seconds_total"]
     if not rows:
         return None
-    stall, fetch = spent["engram_memory_stall_seconds_total"], spent["engram_memory_fetch_seconds_sum"]
+    stall = spent["engram_memory_stall_seconds_total"]
+    fetch = spent.get("engram_memory_fetch_seconds_sum", 0.0)  # a table on the device is not fetched
     return {
         "rows": rows,
         "hit_rate": spent["engram_memory_hits_total/device"] / rows,

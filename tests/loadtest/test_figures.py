@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.figures import OVER, UNCLEAR, UNDER, overheads, same_texts, step_level_claim, turns, verdict
+from loadtest.figures import OVER, UNCLEAR, UNDER, overheads, paired, same_texts, step_level_claim, turns, verdict
 
 ARMS = {"none": 0.9, "resident": 1.0, "offload": 1.0}
 
@@ -54,6 +54,22 @@ def test_pairing_by_round_takes_the_drift_out(tmp_path: Path) -> None:
     assert set(measured) == {"offload over resident", "offload over none", "resident over none"}
     assert measured["offload over resident"][8].median == pytest.approx(1.01, abs=0.002)  # the noise of a pair
     assert measured["resident over none"][1].median == pytest.approx(1 / 0.9, abs=0.002)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 11, 12, 60])
+def test_the_interval_holds_the_median_however_few_the_rounds(rounds: int) -> None:
+    draw = random.Random(1)
+    measured = paired([1 + draw.gauss(0, 0.1) for _ in range(rounds)], [1.0] * rounds)
+    assert measured.ci95[0] <= measured.median <= measured.ci95[1] and measured.pairs == rounds
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    draw, covered = random.Random(2), 0
+    for _ in range(200):
+        ratios = [1.01 * (1 + draw.gauss(0, 0.05)) for _ in range(24)]
+        low, high = paired(ratios, [1.0] * 24).ci95
+        covered += low <= 1.01 <= high
+    assert 181 <= covered <= 200  # at least 95 % of 200, less three standard deviations of a count
 
 
 def test_one_width_above_the_bound_is_enough() -> None:

@@ -150,7 +150,10 @@ class EngineClient:
             self._end()
 
     def _take(self, step: StepOutputs) -> None:
-        self.stats = step.stats
+        stats = step.stats
+        if stats.memory is None:
+            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident)
+        self.stats = stats
         for output in step.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:

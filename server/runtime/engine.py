@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
+COUNT_SECONDS = 0.05
 
 
 class Engine:
@@ -62,6 +63,7 @@ class Engine:
         self.fixed, self.redirectable = fixed, redirectable
         self.draining = False
         self.steps, self.step_s = 0, 0.0
+        self._counted_at = float("-inf")
         self._requests: dict[str, list[Sequence]] = {}
         self._resident_at, self._resident_last = float("-inf"), ()  # type: tuple[float, tuple[TableResidency, ...]]
 
@@ -117,9 +119,20 @@ class Engine:
         elapsed = time.perf_counter() - begun
         self.steps += 1
         self.step_s += elapsed
-        return StepOutputs(tuple(outputs), self.stats(), elapsed, sum(work.tokens for work in works))
+        return StepOutputs(tuple(outputs), self._step_stats(), elapsed, sum(work.tokens for work in works))
 
-    def stats(self) -> EngineStats:
+    def _step_stats(self) -> EngineStats:
+        """With the memories' counters now and then only, and when the last sequence has ended: of twenty tables they
+        take longer to send than a short step to compute.
+        """
+        now = time.monotonic()
+        if now - self._counted_at < COUNT_SECONDS and not self.idle:
+            return self.stats(memory=False)
+        self._counted_at = now
+        return self.stats()
+
+    def stats(self, *, memory: bool = True) -> EngineStats:
+        """`memory`: with the memories' counters and what is resident of their tables."""
         scheduler, memories = self.scheduler, self.runner.memories
         deferred = sum(len(s.children) for s in scheduler.running)
         return EngineStats(
@@ -133,9 +146,9 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=memory_counters(memories) if memories else (),
+            memory=None if not memory else memory_counters(memories) if memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
-            resident=self._resident(),
+            resident=self._resident() if memory else (),
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:

@@ -188,7 +188,7 @@ class TableResidency:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
-    another choice.
+    another choice. `memory` None: it and `resident` are as in the last message that had them.
     """
 
     running: int = 0
@@ -201,7 +201,7 @@ class EngineStats:
     preemptions_total: int = 0
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
-    memory: tuple[MemoryCounters, ...] = ()
+    memory: tuple[MemoryCounters, ...] | None = ()
     table_fault: str | None = None
     resident: tuple[TableResidency, ...] = ()
 

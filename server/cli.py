@@ -294,6 +294,19 @@ def cache(
     run(model=model, json=json)
 
 
+@bench.command()
+def offload(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    parameters: Annotated[int, typer.Option(min=1_000_000, help="of the table")] = 10_000_000_000,
+    seconds: Annotated[float, typer.Option(min=1, help="of measuring at each concurrency")] = 75.0,
+    json: JsonFile = None,
+) -> None:
+    """What a table in host memory costs beside the same table on the device, and beside none."""
+    from server.bench.offload import run
+
+    run(model=model, parameters=parameters, seconds=seconds, json=json)
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

@@ -199,18 +199,18 @@ def run(*, model: str = DEFAULT_MODEL, json: Path | None = None) -> dict[str, An
 
 def table_of(result: dict[str, Any]) -> Table:
     made = Table(title=f"hot rows, {result['rows']:,} rows")
-    for column in ("trace", "α", "cache", "hit rate", "static optimum", "difference", "bar", "LRU", "Belady"):
-        made.add_column(column, justify="right")
+    for column in ("trace", "α", "cache", "hits", "static", "over it", "bar", "LRU", "Belady"):
+        made.add_column(column, justify="right", no_wrap=True)
     for point in result["points"]:
         difference, bar = point["hit_rate"] - point["static_optimum"], BARS.get(point["trace"])
         made.add_row(
-            point.get("text", point["trace"]),
+            point.get("text", point["trace"]).split()[0],
             f"{point['alpha']:.2f}",
             f"{point['cache_fraction']:.1%}",
             f"{point['hit_rate']:.4f}",
             f"{point['static_optimum']:.4f}",
             f"{difference:+.4f}",
-            "" if bar is None else f"{bar:+.3f} {'met' if difference >= bar else 'missed'}",
+            "" if bar is None else "met" if difference >= bar else "missed",
             f"{point['lru']:.4f}",
             f"{point['belady']:.4f}",
         )

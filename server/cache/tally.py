@@ -7,6 +7,7 @@ from bisect import bisect_left
 from server.cache.counters import LayerCounters, OrderCounters
 from server.cache.hot_rows import HotRows, Occupancy
 from server.cache.lookup import Fetch
+from server.metrics import MEMORY_FETCH
 
 LOOKED_UP, HITS, READ, SHARED = range(4)
 NOTHING = Occupancy(0, 0)
@@ -21,7 +22,12 @@ class Tally:
     )  # fmt: skip
 
     def __init__(
-        self, table: str, layer: int, row_bytes: int, orders: tuple[int, ...], bounds: tuple[float, ...]
+        self,
+        table: str,
+        layer: int,
+        row_bytes: int,
+        orders: tuple[int, ...],
+        bounds: tuple[float, ...] = MEMORY_FETCH.buckets,
     ) -> None:
         self.table, self.layer, self.row_bytes, self.orders = table, layer, row_bytes, orders
         self.bounds, self.durations = bounds, [0] * (len(bounds) + 1)

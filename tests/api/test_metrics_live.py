@@ -178,4 +178,10 @@ def test_a_live_server_exports_every_series_that_needs_no_gpu_and_no_hot_list(se
         "engram_iteration_tokens_total"
     }
     assert absent == {s.name for s in ALL if "GPU" in s.needs or "hot list" in s.needs}
-    assert "vllm:num_requests_running" in names
+
+
+@pytest.mark.slow
+def test_a_gateway_finds_vllms_names_whatever_format_it_accepts(served: LiveServer) -> None:
+    for accept in ("", "text/plain", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.3"):
+        exported = served.request("/metrics", headers={"Accept": accept}).body.decode()
+        assert "\nvllm:num_requests_running{" in exported

@@ -307,6 +307,18 @@ def offload(
     run(model=model, parameters=parameters, seconds=seconds, json=json)
 
 
+@bench.command()
+def http(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    seconds: Annotated[int, typer.Option(min=5, help="seconds of each loaded part")] = 60,
+    json: JsonFile = None,
+) -> None:
+    """What HTTP adds to a first token, and what the server does at five times its capacity."""
+    from server.bench.http import run
+
+    run(model=model, seconds=seconds, json=json)
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

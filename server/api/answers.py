@@ -49,6 +49,7 @@ class Answer(ABC):
         self.include_usage = options is not None and bool(options.include_usage)
         self.running_usage = self.include_usage and bool(options and options.continuous_usage_stats)
         self.arrival: float = request.state.arrival
+        self._state = request.state
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{request.state.request_id}",
             "created": int(time.time()),
@@ -136,6 +137,7 @@ class Answer(ABC):
             async for deltas in steps:
                 for delta in deltas:
                     collected[delta.choice.index].append(delta)
+        self._state.engine_s = generation.engine_s
         choices = [self.choice(_joined(deltas), streamed=False) for deltas in collected]
         return {
             **self.head,
@@ -155,6 +157,7 @@ class Answer(ABC):
                     if generation.finished:
                         text += self._end(generation)
                     if text:
+                        self._state.engine_s = generation.engine_s
                         begun = True
                         yield text.encode()
         except EngramError as error:

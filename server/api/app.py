@@ -36,6 +36,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
         title="engram-server",
         description="OpenAI's API over a language model with attached memories.",
         version=operations.installed_version(),
+        redirect_slashes=False,  # a redirect would lead wherever the Host header says
     )
     app.state.service = service
     for module in (completions, chat, models, tokens, memory, operations):

@@ -87,6 +87,7 @@ class Generation:
         self._client, self._metrics = service.client, service.metrics
         self._admission, self._caller = service.admission, caller
         self._ticket: Ticket | None = None
+        self.engine_s = 0.0  # what the engine took for the first token
         self._seconds = service.settings.request_timeout
         self._eos = frozenset(service.source.tokenizer.eos_token_ids)
         self._arrival, self._options = arrival, options
@@ -217,6 +218,7 @@ class Generation:
             return None  # a later output, or one that ended before its first token
         choice.queued_s = output.queued_s
         if choice.child == 0:
+            self.engine_s = output.engine_s
             if self._ticket is not None:
                 self._ticket.started(len(choice.prompt.token_ids))
             choice.cached_tokens = output.cached_tokens

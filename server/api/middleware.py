@@ -49,7 +49,11 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                headers = [*message.get("headers", ()), header]
+                engine_s = scope["state"].get("engine_s")
+                if engine_s is not None:  # the engine's share of the time to a first token
+                    headers.append((b"server-timing", b"engine;dur=%.2f" % (engine_s * 1e3)))
+                message["headers"] = headers
             await send(message)
 
         try:

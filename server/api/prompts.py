@@ -11,7 +11,6 @@ from server.api.sampling import check_ids
 from server.api.schemas import ChatMessage, ChatRequest, CompletionRequest
 from server.api.service import Service
 from server.errors import RequestError
-from server.models.chat import render
 
 MOST_PROMPTS = 1024
 # Longer texts are tokenised beside the event loop (about 1 ms for this many characters).
@@ -59,7 +58,7 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
         )
     messages = message_dicts(request.messages)
     generate = request.add_generation_prompt is not False and not request.continue_final_message
-    text = conversation(service, messages, generate, request.chat_template_kwargs or {})
+    text = await conversation(service, messages, generate, request.chat_template_kwargs or {})
     final = ""
     if request.continue_final_message:
         final = str(messages[-1].get("content") or "").strip()
@@ -72,12 +71,11 @@ async def chat_prompt(service: Service, request: ChatRequest) -> Prompt:
     return Prompt(check_length(service, ids, "messages"), final)
 
 
-def conversation(
+async def conversation(
     service: Service, messages: list[dict[str, Any]], add_generation_prompt: bool, options: Mapping[str, Any]
 ) -> str:
     """A conversation as the model's text. Raises RequestError if the model has no template or it refuses."""
-    template = service.source.chat_template
-    if template is None:
+    if service.renderer is None:
         raise RequestError(
             f"{service.name} has no chat template; use /v1/completions or serve a model that has one", param="messages"
         )
@@ -86,7 +84,13 @@ def conversation(
             f"chat_template_kwargs must not name {', '.join(sorted(reserved))}", param="chat_template_kwargs"
         )
     special = service.source.special_tokens
-    return render(template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special, **options)
+    return await asyncio.to_thread(
+        service.renderer.render,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        special_tokens=special,
+        **options,
+    )
 
 
 def message_dicts(messages: list[ChatMessage]) -> list[dict[str, Any]]:

@@ -53,6 +53,9 @@ async def serve(settings: Settings, announce: Callable[[EngineClient], None]) ->
         client = await EngineClient.start(settings)
         try:
             app = create_app(settings, client, source, keys)
+            renderer = app.state.service.renderer
+            if renderer is not None:
+                renderer.start()
             gc.collect()
             gc.freeze()  # what lives as long as the server need not be looked through again: 15 µs per token
             config = uvicorn.Config(
@@ -71,7 +74,11 @@ async def serve(settings: Settings, announce: Callable[[EngineClient], None]) ->
                 server_header=False,
                 **tls(settings),
             )
-            await DrainingServer(config, client, settings.drain_seconds, announce).serve(sockets=[listener])
+            try:
+                await DrainingServer(config, client, settings.drain_seconds, announce).serve(sockets=[listener])
+            finally:
+                if renderer is not None:
+                    renderer.close()
         finally:
             await client.close()
     finally:

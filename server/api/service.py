@@ -11,6 +11,7 @@ from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
 from server.metrics import buckets_from
+from server.models.renderer import Renderer
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Pieces
@@ -33,11 +34,14 @@ class Service:
     admission: Admission = field(init=False)
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
+    renderer: Renderer | None = field(init=False)  # None: the model has no chat template
 
     def __post_init__(self) -> None:
         self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
         self.client.step_listeners.append(self.metrics.step)
         self.admission = Admission(self.settings, self.metrics)
+        template = self.source.chat_template
+        self.renderer = Renderer(template) if template is not None else None
         self.pieces = Pieces(self.source.tokenizer)
         vocabulary = self.source.tokenizer.backend.get_vocab(with_added_tokens=True)
         self.longest_piece = COMPOSITION * max(map(len, vocabulary))

@@ -151,7 +151,7 @@ def over_http(engine: Engine, model: str, pieces: list[tuple[int, ...]], steps: 
     """Median ms between a stream's tokens over HTTP and median step in process, in turns, two rounds of each."""
     over, inside = [], []
     flags = ("--model", model, "--max-num-seqs", str(len(pieces)), "--max-model-len", "1024")
-    with running_server(*flags) as port:
+    with running_server(*flags) as served:
         for _ in range(2):
             fill(engine, pieces, steps + WARM_STEPS + 2)
             for turn in range(steps + WARM_STEPS):
@@ -159,7 +159,7 @@ def over_http(engine: Engine, model: str, pieces: list[tuple[int, ...]], steps: 
                 if turn >= WARM_STEPS:
                     inside.append(seconds)
             clear(engine)
-            over += intervals(asyncio.run(streams(port, pieces, steps + WARM_STEPS + 16)))
+            over += intervals(asyncio.run(streams(served.port, pieces, steps + WARM_STEPS + 16)))
     http_ms, in_process_ms = float(np.median(over)) * 1e3, float(np.median(inside)) * 1e3
     return {
         "streams": len(pieces),

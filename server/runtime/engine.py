@@ -251,6 +251,7 @@ class Engine:
             queued_s=sequence.first_scheduled - sequence.arrival,
             prefill_s=now - sequence.first_scheduled,
             cached_tokens=sequence.cached_tokens,
+            engine_s=now - sequence.received,
         )
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:

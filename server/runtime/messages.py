@@ -117,7 +117,8 @@ class TokenOutput:
 
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
-    output only. `cached_tokens`: prompt tokens served from the prefix cache, on the first output only.
+    output only, as are `cached_tokens`, prompt tokens served from the prefix cache, and `engine_s`:
+    seconds from the engine's receiving the request to this output.
     """
 
     request_id: str
@@ -131,6 +132,7 @@ class TokenOutput:
     queued_s: float | None = None
     prefill_s: float | None = None
     cached_tokens: int = 0
+    engine_s: float = 0.0
 
     def __reduce__(self) -> tuple[object, ...]:
         # One crosses the pipe per token; dataclasses' own way, field by field through setattr, costs ten times this.

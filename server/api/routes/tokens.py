@@ -23,7 +23,7 @@ def routes(service: Service) -> APIRouter:
             raise RequestError("give either prompt, a text, or messages, a conversation", param="prompt")
         if body.messages is not None:
             generate = body.add_generation_prompt is not False
-            text = conversation(service, message_dicts(body.messages), generate, {})
+            text = await conversation(service, message_dicts(body.messages), generate, {})
             ids = await encode(service, text, bool(body.add_special_tokens), "messages")
         else:
             ids = await encode(service, body.prompt or "", body.add_special_tokens is not False, "prompt")

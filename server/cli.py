@@ -319,6 +319,38 @@ def http(
     run(model=model, seconds=seconds, json=json)
 
 
+BenchFolder = Annotated[Path | None, typer.Option("--dir", help="where to build it; default: the cache folder")]
+KeepPack = Annotated[bool, typer.Option("--keep", help="keep what was built for the next time")]
+
+
+@bench.command()
+def cold(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each arm")] = 8,
+    dir: BenchFolder = None,
+    keep: KeepPack = False,
+    json: JsonFile = None,
+) -> None:
+    """What the first answer after a cold start waits for, beside what the disk can do. Writes 9 GB and removes them."""
+    from server.bench.cold import run
+
+    run(model=model, rounds=rounds, folder=dir, keep=keep, json=json)
+
+
+@bench.command()
+def limit(
+    model: Annotated[str, typer.Option(help=FIELDS["model"].metadata["help"])] = DEFAULT_MODEL,
+    seconds: Annotated[int, typer.Option(min=5, help="how long the load lasts")] = 240,
+    dir: BenchFolder = None,
+    keep: KeepPack = False,
+    json: JsonFile = None,
+) -> None:
+    """A table four times --host-memory-limit under load, beside the same table in RAM. Needs 4 GB of disk and RAM."""
+    from server.bench.limit import run
+
+    run(model=model, seconds=seconds, folder=dir, keep=keep, json=json)
+
+
 def main() -> None:
     """Entry point of `engram-server` and `python -m server`."""
     try:

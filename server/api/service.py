@@ -85,6 +85,7 @@ class Service:
 
     def _check_alive(self) -> None:
         if not self.client.alive:
-            raise NotReady("the engine is gone; restart the server")
+            why = f" ({self.client.ended})" if self.client.ended else ""
+            raise NotReady(f"the engine is gone{why}; restart the server")
         if self.client.draining:
             raise NotReady("the server is draining and takes no new requests")

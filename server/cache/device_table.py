@@ -33,8 +33,6 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 class DeviceTable:
     """All rows of `source` on `device`. Raises TableError if its file changes meanwhile, CapacityError without room."""
 
-    placement = "device"
-
     def __init__(self, source: RowTable, device: torch.device) -> None:
         self.name, self.rows, self.dim, self.row_type = source.name, source.rows, source.dim, source.row_type
         self.row_bytes, self.nbytes = source.row_bytes, source.nbytes

@@ -41,8 +41,6 @@ class PinnedTable:
     changes while it is copied, CapacityError without room.
     """
 
-    placement = "pinned"
-
     def __init__(
         self, source: RowTable, register: Register | None = None, unregister: Unregister | None = None
     ) -> None:

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.cache.row_table import PAGE, RowTable, TableFile
+from server.cache.row_table import RowTable
 from server.cache.row_types import Bytes, Ids
+from server.cache.table_files import PAGE, TableFile
 
 logger = logging.getLogger(__name__)
 

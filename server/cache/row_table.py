@@ -7,29 +7,30 @@ read="mmap"    the files are mapped; a warm row costs a memory copy. A file cut 
 read="pread"   one system call per row and column; slower warm, but survives truncated and failing files.
 
 Shapes: N rows asked for, R bytes a row (values, then scales, then padding: `row_types`). Opening reads headers only
-and costs the same for any size. Knows ids, never tokens or layers. Why np.take: it copies whole rows without the
-interpreter lock, and mode="clip" keeps it from buffering `out`; the range is therefore checked first.
+and costs the same for any size. Knows ids, never tokens or layers. Locks nothing; safe from several threads.
 """
 
 from __future__ import annotations
 
-import mmap
+import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from server.cache.gather import take_rows
-from server.cache.layouts import Layout, Region, find_layout, read_header, safetensors_files
+from server.cache.layouts import Layout, find_layout, read_header, safetensors_files
 from server.cache.row_types import Bytes, RowType
 from server.cache.row_types import Ids as Ids
+from server.cache.table_files import PAGE, Column, ReadMode, TableFile
 from server.errors import TableError
 
-ReadMode = Literal["mmap", "pread"]
-PAGE = mmap.PAGESIZE
-READ_BYTES = 8 << 20  # of one sequential read
+logger = logging.getLogger(__name__)
+
+# A gather slower than this per row met pages that were not in memory: a fault takes 30 µs and more, a warm row 0.1.
+DISK_SECONDS = 5e-6
 
 
 class Table(Protocol):
@@ -53,137 +54,6 @@ class Table(Protocol):
         """Lets go of what it holds; gathers fail from then on."""
 
 
-class PageWatch(Protocol):
-    """Who keeps the resident pages of a file under a limit (`residency`)."""
-
-    def touch(self, first: Ids, last: Ids) -> None:
-        """Pages first[i] to last[i] are about to be read. May wait for room."""
-
-    def room(self) -> int:
-        """How many pages may be asked for ahead."""
-
-
-class TableFile:
-    """One open file and what it looked like when opened."""
-
-    def __init__(self, path: Path, read: ReadMode) -> None:
-        self.path = Path(os.path.realpath(path))
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        self.seen = os.fstat(self.fd)
-        self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-        self.watch: PageWatch | None = None
-        # Rows are read here and there: what the OS would read around them is waste.
-        if self.map is not None:
-            self.map.madvise(mmap.MADV_RANDOM)
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def unmap(self, offset: int, nbytes: int) -> None:
-        """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
-        if self.map is not None and self.fd >= 0:
-            self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
-
-    def change(self) -> str | None:
-        """What is no longer as it was when opened; None if nothing. One system call."""
-        try:
-            now = os.stat(self.path)
-        except OSError as error:
-            return f"cannot be found any more: {error.strerror}"
-        seen = self.seen
-        if (now.st_ino, now.st_dev) != (seen.st_ino, seen.st_dev):
-            return "was replaced by another file"
-        if now.st_size != seen.st_size:
-            return f"changed size from {seen.st_size} to {now.st_size} bytes"
-        if now.st_mtime_ns != seen.st_mtime_ns:
-            return "was written to"
-        return None
-
-    def close(self) -> None:
-        """The descriptor only: a mapping goes when the last view of it does."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class Column:
-    """One run of `width` bytes per row, spread over regions that hold the rows in order."""
-
-    def __init__(self, regions: Sequence[Region], files: dict[Path, TableFile]) -> None:
-        self.width = regions[0].stride
-        self.files = [files[region.path] for region in regions]
-        self.offsets = [region.offset for region in regions]
-        self.first_rows = np.cumsum([0] + [region.rows for region in regions])
-        self.views = [_view(file, region) for file, region in zip(self.files, regions, strict=True)]
-        # The most pages that one row touches: rows that divide a page and begin with it never cross into the next.
-        aligned = PAGE % self.width == 0 and all(offset % self.width == 0 for offset in self.offsets)
-        self.pages_per_row = 1 if aligned else 2 + (self.width - 2) // PAGE
-
-    def split(self, ids: Ids) -> list[tuple[int, Ids | slice, Ids]]:
-        """(region, where in `ids`, ids within the region) for each region that holds some of them."""
-        if len(self.files) == 1:
-            return [(0, slice(None), ids)]
-        region_of = np.searchsorted(self.first_rows, ids, side="right") - 1
-        parts: list[tuple[int, Ids | slice, Ids]] = []
-        for region in np.unique(region_of).tolist():
-            where = np.flatnonzero(region_of == region)
-            parts.append((region, where, ids[where] - self.first_rows[region]))
-        return parts
-
-    def read(self, ids: Ids, out: Bytes) -> None:
-        """Rows ids[N] → out[N, width], of any row stride."""
-        for region, where, local in self.split(ids):
-            view, watch = self.views[region], self.files[region].watch
-            if watch is not None:
-                watch.touch(*self._page_range(region, local))
-            if view is None:
-                self._pread(region, where, local, out)
-            elif isinstance(where, slice) and out.flags.c_contiguous:
-                take_rows(view, local, out)
-            else:
-                out[where] = np.take(view, local, axis=0, mode="clip")
-
-    def _pread(self, region: int, where: Ids | slice, local: Ids, out: Bytes) -> None:
-        file, offsets = self.files[region], self.offsets[region] + local * self.width
-        rows = range(len(local)) if isinstance(where, slice) else where.tolist()
-        for row, offset in zip(rows, offsets.tolist(), strict=True):
-            try:
-                got = os.preadv(file.fd, [out[row].data], offset)
-            except OSError as error:
-                raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
-            if got != self.width:
-                raise TableError(f"{file.path} ends within a row: {got} of {self.width} bytes at byte {offset}")
-
-    def read_run(self, first: int, out: Bytes) -> None:
-        """The len(out) rows from `first` on → out[n, width], of any row stride: long reads, never the map."""
-        done = 0
-        for region, (file, offset) in enumerate(zip(self.files, self.offsets, strict=True)):
-            begin, end = int(self.first_rows[region]), int(self.first_rows[region + 1])
-            low, high = max(first, begin), min(first + len(out), end)
-            if low >= high:
-                continue
-            part = out[done : done + high - low]
-            done += high - low
-            run = part if part.flags.c_contiguous else np.empty(part.shape, np.uint8)
-            _read_whole(file, offset + (low - begin) * self.width, run)
-            if run is not part:
-                part[:] = run
-
-    def _page_range(self, region: int, local: Ids) -> tuple[Ids, Ids]:
-        """The first and the last page of each row; one and the same array where no row crosses into another page."""
-        start = self.offsets[region] + local * self.width
-        first = start // PAGE
-        return first, first if self.pages_per_row == 1 else (start + self.width - 1) // PAGE
-
-    def pages(self, ids: Ids) -> list[tuple[TableFile, Ids]]:
-        """The distinct page numbers rows ids[N] stand on, ascending, per file region."""
-        found = []
-        for region, _, local in self.split(ids):
-            first, last = self._page_range(region, local)
-            spans = [first + i for i in range(int((last - first).max(initial=0)) + 1)]
-            pages = np.unique(np.concatenate([np.minimum(span, last) for span in spans]))
-            found.append((self.files[region], pages))
-        return found
-
-
 class RowTable:
     """A table opened in place. Attributes: name, rows, dim, row_type, row_bytes, nbytes (of all rows), files, fault.
 
@@ -197,6 +67,7 @@ class RowTable:
         self.row_bytes = layout.row_bytes
         self.nbytes = self.rows * self.row_bytes
         self.fault: str | None = None
+        self._from_disk = False  # whether the last gather waited for the disk, so that the next should ask at once
         opened = {path: TableFile(path, read) for path in layout.paths}
         self.files = tuple(opened.values())
         self._columns = [Column(regions, opened) for regions in layout.columns]
@@ -232,14 +103,18 @@ class RowTable:
         check_range(self, ids)
         if out.shape != (len(ids), self.row_bytes):
             raise ValueError(f"out is {out.shape}; {len(ids)} rows of {self.name} need {(len(ids), self.row_bytes)}")
+        begun = time.perf_counter()
+        if self._from_disk:
+            self.page_in(ids)
         try:
             at = 0
             for column in self._columns:
                 column.read(ids, out if len(self._columns) == 1 else out[:, at : at + column.width])
                 at += column.width
         except TableError as error:
-            self.fault = error.message
+            self._break(error.message)
             raise
+        self._from_disk = time.perf_counter() - begun > DISK_SECONDS * len(ids)
 
     def read_run(self, first: int, out: Bytes) -> None:
         """The len(out) rows from `first` on → out uint8[n, R], for copies: read in order.
@@ -256,13 +131,18 @@ class RowTable:
         for file in self.files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def _break(self, what: str) -> None:
+        """From now on every gather fails: the rows are no longer to be trusted."""
+        self.fault = what
+        logger.error("table %s: %s", self.name, what)
+
     def check(self) -> None:
         """Raises TableError if a file is not what it was when opened, and from then on always."""
         if self.fault is None:
             for file in self.files:
                 change = file.change()
                 if change:
-                    self.fault = f"table file {file.path} {change} while in use; restart the server to read it anew"
+                    self._break(f"table file {file.path} {change} while in use; restart the server to read it anew")
                     break
         if self.fault is not None:
             raise TableError(self.fault)
@@ -302,24 +182,3 @@ def check_range(table: Table, ids: Ids) -> None:
     if ids.min() < 0 or ids.max() >= table.rows:
         wrong = int(ids[(ids < 0) | (ids >= table.rows)][0])
         raise TableError(f"table {table.name} has rows 0..{table.rows - 1}; asked for {wrong}")
-
-
-def _read_whole(file: TableFile, offset: int, out: Bytes) -> None:
-    """Bytes from `offset` on → out, contiguous. Raises TableError."""
-    left = out.reshape(-1).data
-    while left:
-        try:
-            got = os.preadv(file.fd, [left[:READ_BYTES]], offset)
-        except OSError as error:
-            raise TableError(f"{file.path} cannot be read at byte {offset}: {error.strerror}") from None
-        if not got:
-            raise TableError(f"{file.path} ends at byte {offset}, {len(left)} bytes too early")
-        left, offset = left[got:], offset + got
-
-
-def _view(file: TableFile, region: Region) -> Bytes | None:
-    """[rows, stride] bytes of the mapping; None where the file is not mapped."""
-    if file.map is None:
-        return None
-    flat = np.frombuffer(file.map, np.uint8, region.rows * region.stride, region.offset)
-    return flat.reshape(region.rows, region.stride)

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from server.cache.row_table import ReadMode, Table
+from server.cache.row_table import Table
+from server.cache.table_files import ReadMode
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import Attachment, fingerprint, open_tables

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from server.batch import Bools, Ints
-from server.cache.row_table import ReadMode, RowTable, Table
+from server.cache.row_table import RowTable, Table
+from server.cache.table_files import ReadMode
 from server.errors import PackError
 from server.memory.addressing import Addresser
 from server.memory.pack import table_file

@@ -24,7 +24,8 @@ from torch import Tensor
 from server.batch import Ints
 from server.cache.device_table import DeviceFetch
 from server.cache.prefetcher import Fetch
-from server.cache.row_table import ReadMode, Table
+from server.cache.row_table import Table
+from server.cache.table_files import ReadMode
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import Attachment, fingerprint, open_tables
 from server.memory.pack import StemConfig

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import queue
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -33,6 +35,13 @@ from server.runtime.messages import (
 )
 from server.settings import Settings
 
+logger = logging.getLogger(__name__)
+
+ENDS = {
+    -signal.SIGBUS: "SIGBUS: a mapped table file was cut or its disk failed; --read pread survives that",
+    -signal.SIGKILL: "SIGKILL, most likely for want of memory",
+    -signal.SIGSEGV: "SIGSEGV",
+}
 START_TIMEOUT = 1800.0  # a hub download or a huge checkpoint may take its time; a dead process is noticed at once
 
 
@@ -44,6 +53,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.step_listeners: list[Callable[[StepOutputs], None]] = []
         self.alive, self.draining = True, False
+        self.ended = ""  # how the engine's process ended, where that is worth saying
         self._tickets = itertools.count()
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._updates: dict[int, asyncio.Future[MemoryUpdated]] = {}
@@ -170,9 +180,12 @@ class EngineClient:
         if not self.alive:
             return
         self.alive = False
+        self.ended = _how_it_ended(self._worker)
+        if self.ended:
+            logger.error("the engine ended: %s", self.ended)
         self._loop.remove_reader(self._pipe.fileno())
         self._outbox.put(None)
-        gone = StepFailed("the engine ended while computing this request")
+        gone = StepFailed(f"the engine ended while computing this request{self.ended and f' ({self.ended})'}")
         for request_id, stream in self._streams.items():
             stream.put_nowait(TokenOutput(request_id, -1, (), finish_reason="error", error=gone))
         for ticket, answer in self._updates.items():
@@ -190,6 +203,14 @@ class EngineClient:
                 return
             if message is None:
                 return
+
+
+def _how_it_ended(worker: Any) -> str:
+    """What a signal that ended the engine's process means; "" for an orderly end, or a thread."""
+    if getattr(worker, "exitcode", 0) is None:
+        worker.join(1)
+    code = getattr(worker, "exitcode", None)
+    return ENDS.get(code, "") if code is not None else ""
 
 
 def _start_worker(settings: Settings, pipe: Connection) -> Any:

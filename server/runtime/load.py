@@ -344,6 +344,9 @@ def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     assert loaded.memories is not None
     tables = {table.name: table for pack in loaded.memories.packs for table in pack.tables.values()}
     lines = []
+    if loaded.plan.room.host_limit:
+        limit = f"at most {loaded.plan.room.host_limit:,} bytes, copies and resident pages (--host-memory-limit)"
+        lines.append(("tables in RAM", limit))
     for found in loaded.plan.places:
         table = tables[found.need.name]
         note = f"; {table.note}" if isinstance(table, PinnedTable) else ""

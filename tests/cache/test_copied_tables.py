@@ -19,7 +19,7 @@ from server.cache.prefetcher import Lookup, Prefetcher
 from server.cache.row_table import RowTable
 from server.cache.row_types import row_type
 from server.cache.table_writer import random_rows, write_table
-from server.errors import TableError
+from server.errors import CapacityError, TableError
 from tests.cache.test_row_table import LAYOUTS, ROWS, gather
 
 CPU = torch.device("cpu")
@@ -136,3 +136,27 @@ def test_a_refused_registration_is_undone_and_said_and_rows_still_come(
     assert "registration refused" in table.note and "invalid argument" in table.note
     assert "refused to register" in caplog.text
     np.testing.assert_array_equal(gather(table, [5, 299]), rows[[5, 299]])
+
+
+def test_memory_that_the_system_refuses_is_a_capacity_error_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tensor, rows = LAYOUTS[0](tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError, match=rf"needs {rows.nbytes} bytes of RAM .*No space left.*=mapped"):
+        PinnedTable(RowTable.open(path, tensor=tensor))
+
+
+def test_huge_pages_that_turn_out_not_to_be_there_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool may be emptied between the look at it and the taking."""
+    monkeypatch.setattr("server.cache.pinned_table._free_huge_pages", lambda: 1 << 20)
+    path, tensor, rows = LAYOUTS[0](tmp_path)
+    table = PinnedTable(RowTable.open(path, tensor=tensor))
+    assert "memfd" in table.note
+    np.testing.assert_array_equal(gather(table, [0, 299]), rows[[0, 299]])

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.cache.residency import PAGE, Residency
+from server.cache.residency import Residency
 from server.cache.row_table import RowTable
+from server.cache.table_files import PAGE
 from tests.cache.files import float_table
 from tests.cache.test_row_table import resident_pages
 

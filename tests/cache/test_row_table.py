@@ -282,3 +282,27 @@ def test_page_in_reads_the_distinct_pages_and_hardly_more(read: Literal["mmap", 
     while (resident := resident_pages(path) - cold) < distinct * 0.95 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert distinct * 0.95 <= resident <= distinct * 1.05 + 8  # some were there before; the kernel may round up
+
+
+def test_a_gather_that_met_the_disk_makes_the_next_one_ask_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tensor, rows = one_tensor(tmp_path)
+    table = RowTable.open(path, tensor=tensor)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(table, "page_in", lambda ids: asked.append(ids.tolist()))
+    clock = iter([0.0, 1e-5, 1.0, 1.1, 2.0, 2.00001, 3.0, 3.00001])  # the second of four gathers is slow
+    monkeypatch.setattr("server.cache.row_table.time.perf_counter", lambda: next(clock))
+    for ids in ([1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]):
+        np.testing.assert_array_equal(gather(table, ids), rows[ids])
+    assert asked == [[7, 8, 9]]
+
+
+def test_many_rows_split_over_threads_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.cache.gather.SPLIT_ROWS", 10)
+    monkeypatch.setattr("server.cache.gather.THREADS", 3)
+    path, tensor, rows = one_tensor(tmp_path)
+    table = RowTable.open(path, tensor=tensor)
+    for count in (9, 10, 11, 1000):
+        ids = np.random.default_rng(count).integers(0, ROWS, count).tolist()
+        np.testing.assert_array_equal(gather(table, ids), rows[ids])

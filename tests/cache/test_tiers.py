@@ -9,7 +9,8 @@ import torch
 
 from server.commands.attach import attach
 from server.errors import CapacityError, SettingsError
-from tests.engines import engine_on, logits_of
+from server.runtime.messages import SamplingParams, Submit
+from tests.engines import engine_on, logits_of, outputs_of, tokens_of
 from tests.memory.conftest import randomise
 from tests.memory.stems import save_stem
 
@@ -67,3 +68,46 @@ def test_what_cannot_be_placed_is_refused_before_loading(tiny_llama_folder: Path
         engine_on(str(tiny_llama_folder), memory=packs, placement=("other=device",))
     with pytest.raises(CapacityError, match=r"stem/2 takes 31457280 bytes .*--host-memory-limit"):
         engine_on(str(tiny_llama_folder), memory=packs, placement=("stem=pinned",), host_memory_limit=1 << 20)
+
+
+def test_under_a_limit_logits_are_the_same_and_pages_are_counted(
+    tiny_llama_folder: Path, packs: tuple[str, str], mapped_logits: torch.Tensor
+) -> None:
+    flags = {"host_memory_limit": 24 << 20, "max_num_batched_tokens": 8}
+    made = engine_on(str(tiny_llama_folder), memory=packs[1:], **flags)
+    free = engine_on(str(tiny_llama_folder), memory=packs[1:], max_num_batched_tokens=8)
+    assert torch.equal(logits_of(made, PROMPT, ("stem",)), logits_of(free, PROMPT, ("stem",)))
+    assert made.runner.memories is not None and made.runner.memories.residency is not None
+    made.runner.memories.residency._count()
+    ((table, layer, found),) = made.runner.memories.resident()
+    assert (table, layer, found.counted) == ("stem/2", 2, "touched")
+    assert len(set(PROMPT)) * 640 <= found.nbytes <= 24 << 20
+    copied = engine_on(str(tiny_llama_folder), memory=packs[:1], placement=("pinned",))
+    assert [r.counted for r in copied.stats().resident] == ["copied", "copied"]
+
+
+def test_a_limit_below_what_two_steps_read_is_refused_with_both_numbers(
+    tiny_llama_folder: Path, packs: tuple[str, str]
+) -> None:
+    with pytest.raises(CapacityError, match=r"--host-memory-limit is 4096 bytes; .* set it to 16384"):
+        engine_on(str(tiny_llama_folder), memory=packs[1:], host_memory_limit=4096, max_num_batched_tokens=1)
+
+
+def test_a_read_error_fails_the_reader_by_name_and_nobody_else(
+    tiny_llama_folder: Path, packs: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = engine_on(str(tiny_llama_folder), memory=packs[:1], read="pread", prefix_cache="off")
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    bare = tokens_of(outputs_of(made, [Submit("before", PROMPT, params)])["before", 0])
+
+    def failing(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", failing)
+    answers = outputs_of(made, [Submit("reader", PROMPT, params, ("engram",)), Submit("other", PROMPT, params)])
+    (refused,) = answers["reader", 0]
+    assert refused.finish_reason == "error" and refused.error is not None
+    assert "Input/output error" in refused.error.message and "table-1.safetensors" in refused.error.message
+    assert tokens_of(answers["other", 0]) == bare
+    assert "Input/output error" in (made.stats().table_fault or "")
+    assert "Input/output error" in caplog.text

@@ -1,0 +1,228 @@
+"""`bench cold`: what the first answer after a cold start waits for, beside what the disk can do.
+
+Two tables of more than 4 GB each, every byte written. Before each cold measurement their pages are dropped, and mincore
+says that they are gone. Every round takes, in turns and in random order:
+
+    cold     time to the first token of a 2,048-token prompt, no page in memory
+    warm     the same prompt again, its pages there, prefix cache off
+    unasked  cold, and no page asked for ahead
+    page in  all pages of that prompt's rows asked for at once, until each was read
+    demand   the same pages read row by row, as they come, by the one thread that gathers
+    disk     random 4 KiB reads of other pages at the best of the swept settings
+
+added = cold − warm. The sweep over threads and depths comes first, on the same file.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from server.bench.big_pack import big_pack
+from server.bench.disk import rate, sweep
+from server.bench.page_cache import drop, resident_pages
+from server.bench.paired import machine, write_json
+from server.bench.text import prompts
+from server.cache.row_table import RowTable
+from server.cache.row_types import Ids
+from server.memory.addressing import windows_of
+from server.runtime.engine import Engine
+from server.runtime.load import load
+from server.runtime.messages import SamplingParams, Submit
+from server.runtime.process import build_engine
+from server.settings import DEFAULT_MODEL, Settings
+
+LAYERS = (1, 15)
+TABLE_BYTES = 4_300_000_000
+PROMPT_TOKENS = 2048
+PIECE_ROWS = 8192
+SWEEPS = 3
+ONE = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+
+
+def run(
+    *,
+    model: str = DEFAULT_MODEL,
+    rounds: int = 8,
+    table_bytes: int = TABLE_BYTES,
+    folder: Path | None = None,
+    keep: bool = False,
+    json: Path | None = None,
+) -> dict[str, Any]:
+    """Runs the experiment, prints its table, writes `json`. Returns what it wrote."""
+    with big_pack(model, LAYERS, table_bytes, folder, keep) as pack:
+        settings = Settings(
+            model=model,
+            memory=(str(pack),),
+            max_num_seqs=4,
+            max_model_len=PROMPT_TOKENS + 64,
+            prefix_cache="off",
+            kv_bytes=512 << 20,
+        )
+        loaded = load(settings)
+        engine = build_engine(settings, loaded)
+        pieces = prompts(loaded.source.tokenizer, rounds + 1, PROMPT_TOKENS)
+        first_token(engine, pieces[-1])  # everything but the pages is warm from here on
+        points = sweep_disk(tables_of(engine))
+        result = {
+            "experiment": "cold",
+            "machine": machine(),
+            "model": model,
+            "layers": list(LAYERS),
+            "table_bytes": [table.nbytes for table in tables_of(engine)],
+            "prompt_tokens": PROMPT_TOKENS,
+            "disk": points,
+            **measured([one_round(engine, piece, best(points), i) for i, piece in enumerate(pieces[:-1])], points),
+        }
+        assert loaded.memories is not None
+        loaded.memories.close()
+    Console().print(table(result))
+    write_json(json, result)
+    return result
+
+
+def tables_of(engine: Engine) -> list[RowTable]:
+    assert engine.runner.memories is not None
+    found = [table for pack in engine.runner.memories.packs for table in pack.tables.values()]
+    return [table for table in found if isinstance(table, RowTable)]
+
+
+def sweep_disk(tables: list[RowTable]) -> list[dict[str, Any]]:
+    """The sweep, each setting's best of several."""
+    points = [sweep(tables[0].files[0].path, seed) for seed in range(SWEEPS)]
+    return [{**same[0], "per_s": max(point["per_s"] for point in same)} for same in zip(*points, strict=True)]
+
+
+def best(points: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(points, key=lambda point: float(point["per_s"]))
+
+
+def first_token(engine: Engine, prompt: tuple[int, ...]) -> float:
+    """Seconds from submitting the prompt to its first token."""
+    begun = time.perf_counter()
+    engine.submit(Submit(f"cold-{begun}", prompt, ONE, tuple(engine.packs)))
+    while not engine.step().outputs:
+        pass
+    return time.perf_counter() - begun
+
+
+def stalled(engine: Engine) -> float:
+    """Seconds that layers have waited for rows so far."""
+    return sum(counters.stall_s for counters in engine.stats().memory)
+
+
+def one_round(engine: Engine, prompt: tuple[int, ...], setting: dict[str, Any], seed: int) -> dict[str, float]:
+    """One measurement of every arm, in random order."""
+    tables, found = tables_of(engine), {}
+    ids = rows_of(engine, prompt)
+    generator = np.random.default_rng(seed)
+    arms = ["cold", "unasked", "page_in", "demand", "disk"]
+    random.Random(seed).shuffle(arms)
+    ask = engine.runner.page_in
+    for arm in arms:
+        drop(tables)
+        match arm:
+            case "cold":
+                for heat in ("cold", "warm"):
+                    before = stalled(engine)
+                    found[f"{heat}_s"] = first_token(engine, prompt)
+                    found[f"{heat}_stall_s"] = stalled(engine) - before
+            case "unasked":
+                engine.runner.page_in = lambda sequence: None  # type: ignore[method-assign]
+                found["unasked_s"] = first_token(engine, prompt)
+                engine.runner.page_in = ask  # type: ignore[method-assign]
+            case "page_in":
+                found |= page_in(tables, ids)
+            case "demand":
+                found["demand_s"] = demand(tables, ids)
+            case "disk":
+                path = tables[0].files[0].path
+                found["disk_per_s"] = rate(path, setting["threads"], setting["depth"], generator)
+    return found
+
+
+def rows_of(engine: Engine, prompt: tuple[int, ...]) -> list[Ids]:
+    """The row ids of the prompt in every table, in the order of its tokens."""
+    memories = engine.runner.memories
+    assert memories is not None
+    windows, blocked = windows_of(prompt, memories.window)
+    return [rows.reshape(-1) for pack in memories.packs for rows, _ in pack.address(windows, blocked).values()]
+
+
+def page_in(tables: list[RowTable], ids: list[Ids]) -> dict[str, float]:
+    """Asks for all pages at once and waits until each is there; how many were wanted, and how many the OS read."""
+    before = sum(resident_pages(file.path) for table in tables for file in table.files)
+    begun = time.perf_counter()
+    pages = sum(table.page_in(rows) for table, rows in zip(tables, ids, strict=True))
+    read(tables, ids)
+    seconds = time.perf_counter() - begun
+    after = sum(resident_pages(file.path) for table in tables for file in table.files)
+    return {"page_in_s": seconds, "pages": pages, "pages_read": after - before}
+
+
+def demand(tables: list[RowTable], ids: list[Ids]) -> float:
+    """As `read`, each page read when its row is: what tables do by themselves after a slow gather is switched off."""
+    for one in tables:
+        one.page_in = lambda ids: 0  # type: ignore[method-assign]
+    seconds = read(tables, ids)
+    for one in tables:
+        del one.page_in
+    return seconds
+
+
+def read(tables: list[RowTable], ids: list[Ids]) -> float:
+    """Seconds to gather the rows, in pieces as large as those of a step."""
+    begun = time.perf_counter()
+    for table, rows in zip(tables, ids, strict=True):
+        for at in range(0, len(rows), PIECE_ROWS):
+            piece = rows[at : at + PIECE_ROWS]
+            table.gather(piece, np.empty((len(piece), table.row_bytes), np.uint8))
+    return time.perf_counter() - begun
+
+
+def measured(rounds: list[dict[str, float]], points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, and the ratios that the bars are about, each taken within its round."""
+
+    def median(value: Any) -> float:
+        return float(np.median([value(found) for found in rounds]))
+
+    return {
+        "rounds": rounds,
+        "best_disk_setting": best(points),
+        "median": {
+            "cold_ttft_s": median(lambda r: r["cold_s"]),
+            "warm_ttft_s": median(lambda r: r["warm_s"]),
+            "unasked_ttft_s": median(lambda r: r["unasked_s"]),
+            "cold_stall_s": median(lambda r: r["cold_stall_s"]),
+            "warm_stall_s": median(lambda r: r["warm_stall_s"]),
+            "added_s": median(lambda r: r["cold_s"] - r["warm_s"]),
+            "page_in_s": median(lambda r: r["page_in_s"]),
+            "page_in_per_s": median(lambda r: r["pages"] / r["page_in_s"]),
+            "demand_per_s": median(lambda r: r["pages"] / r["demand_s"]),
+            "disk_per_s": median(lambda r: r["disk_per_s"]),
+        },
+        "ratios": {
+            "page_in_over_disk": median(lambda r: r["pages"] / r["page_in_s"] / r["disk_per_s"]),
+            "page_in_over_demand": median(lambda r: r["demand_s"] / r["page_in_s"]),
+            "pages_read_over_distinct": median(lambda r: r["pages_read"] / r["pages"]),
+            "added_over_page_in": median(lambda r: (r["cold_s"] - r["warm_s"]) / r["page_in_s"]),
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    made = Table(title=f"cold start of a {result['prompt_tokens']}-token prompt, {result['machine']['processor']}")
+    made.add_column("figure")
+    made.add_column("median", justify="right")
+    for name, value in {**result["median"], **result["ratios"]}.items():
+        shown = f"{value * 1e3:,.0f} ms" if name.endswith("_s") and not name.endswith("per_s") else f"{value:,.2f}"
+        made.add_row(name.replace("_", " "), shown)
+    setting = result["best_disk_setting"]
+    made.add_row("best disk setting", f"{setting['threads']} threads, depth {setting['depth']}")
+    return made

@@ -161,8 +161,8 @@ class EngineClient:
 
     def _take(self, step: StepOutputs) -> None:
         stats = step.stats
-        if stats.memory is None:
-            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident)
+        if not stats.counted:
+            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident, counted=True)
         self.stats = stats
         for output in step.outputs:
             stream = self._streams.get(output.request_id)

@@ -146,9 +146,10 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=None if not memory else memory_counters(memories) if memories else (),
+            memory=memory_counters(memories) if memory and memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
             resident=self._resident() if memory else (),
+            counted=memory,
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:

@@ -190,7 +190,7 @@ class TableResidency:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
-    another choice. `memory` None: it and `resident` are as in the last message that had them.
+    another choice. `counted` False: `memory` and `resident` were left out, they are those of an earlier message.
     """
 
     running: int = 0
@@ -203,9 +203,10 @@ class EngineStats:
     preemptions_total: int = 0
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
-    memory: tuple[MemoryCounters, ...] | None = ()
+    memory: tuple[MemoryCounters, ...] = ()
     table_fault: str | None = None
     resident: tuple[TableResidency, ...] = ()
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

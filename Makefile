@@ -23,7 +23,8 @@ SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs soak bench bench-decode bench-memory bench-http overhead clean
+.PHONY: help serve test check format docs soak clean
+.PHONY: bench bench-decode bench-memory bench-http bench-cache bench-offload overhead
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -94,7 +95,7 @@ $(CAMPAIGNS): soak-%: $(VENV)/.dev $(VENV)/.model
 	SOAK_SECONDS=$(SOAK_SECONDS) timeout 1200 $(BIN)/python -m pytest -m soak --timeout 1200 tests/soak/test_$*.py
 
 # Each experiment builds what it needs and writes its figures under build/bench/.
-bench: bench-decode bench-memory bench-http
+bench: bench-decode bench-memory bench-http bench-cache bench-offload
 
 bench-decode: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
@@ -107,6 +108,14 @@ bench-memory: $(VENV)/.dev $(VENV)/.model
 bench-http: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
 	$(BIN)/engram-server bench http --json build/bench/http.json
+
+bench-cache: $(VENV)/.dev $(VENV)/.model
+	@mkdir -p build/bench
+	$(BIN)/engram-server bench cache --json build/bench/cache.json
+
+bench-offload: $(VENV)/.dev $(VENV)/.model
+	@mkdir -p build/bench
+	$(BIN)/engram-server bench offload --json build/bench/offload.json
 
 # What an offloaded memory costs over HTTP, with its interval; OVERHEAD='--seconds 600 --bound 1' passes flags.
 overhead: $(VENV)/.loadtest $(VENV)/.model

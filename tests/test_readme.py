@@ -77,7 +77,9 @@ def clone(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_untagged_commands_run_as_printed(block: Block, clone: Path) -> None:
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], cwd=clone, capture_output=True, text=True)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(clone / "cache")}
+    command = ["bash", "-euo", "pipefail", "-c", block.text]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

@@ -31,12 +31,16 @@ def live(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def locust(command: str, live: Live, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command as printed but for the port, its length, and a page nobody would close."""
-    text = command.replace(":8000", f":{live.port}").replace(" -t 60s", " -t 2s").replace("--stage 20", "--stage 1")
+    """The command as printed but for the port, its length, and a page nobody would close. Every answer may end."""
+    text = (
+        command.replace(":8000", f":{live.port}")
+        .replace(" -t 60s", " -t 2s --stop-timeout 30")
+        .replace("--stage 20", "--stage 1")
+    )
     text = text.replace("--arrivals 1 ", "--arrivals 5 ").replace("loadtest/", f"{ROOT}/loadtest/")
     text = text.replace(".venv/bin/locust", f"{shlex.quote(sys.executable)} -m locust")
     if "--headless" not in text:
-        text = text.rstrip() + " --headless -u 5 -r 5 -t 2s\n"
+        text = text.rstrip() + " --headless -u 5 -r 5 -t 2s --stop-timeout 30\n"
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text], cwd=folder, capture_output=True, text=True, timeout=90
     )
@@ -57,7 +61,7 @@ def test_the_commands_of_the_documentation_run_without_a_failed_request(
 def test_client_and_server_count_the_same_tokens_and_requests(live: Live, tmp_path: Path) -> None:
     before = live.settled()
     command = ".venv/bin/locust -f loadtest/locustfile.py Streaming --host http://127.0.0.1:8000 --headless -u 2 -r 2"
-    done = locust(f"{command} -t 60s --stop-timeout 20 --json", live, tmp_path)  # every answer ends
+    done = locust(f"{command} -t 60s --json", live, tmp_path)
     assert done.returncode == 0, done.stderr
     counted = {entry["method"]: entry for entry in json.loads(done.stdout)}
     after = live.gauges()

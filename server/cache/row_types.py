@@ -183,7 +183,7 @@ def row_type(name: str, scale: float = 1.0) -> RowType:
 
 
 def _look_up(lut: Tensor, codes: Tensor, out: Tensor) -> None:
-    torch.index_select(lut, 0, codes.reshape(-1).int(), out=out.view(-1))
+    torch.index_select(lut.to(codes.device), 0, codes.reshape(-1).int(), out=out.view(-1))
 
 
 @cache

@@ -27,7 +27,7 @@ from tests.live import live_server
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = {"server", "install", "minutes", "gpu", "docker", "prometheus", "locust"}
+NEEDS = {"server", "install", "minutes", "gpu", "docker", "admin", "prometheus", "locust"}
 
 
 @dataclass(frozen=True)

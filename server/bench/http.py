@@ -147,7 +147,7 @@ async def overload(server: Any, pieces: Sequence[tuple[int, ...]], peak: float, 
 
 async def packs(port: int, pieces: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """Eight streams; the gaps between a stream's tokens while nothing changes, and around each attachment."""
-    streams = [asyncio.create_task(ask(port, body(piece, 400))) for piece in pieces[:8]]
+    streams = [asyncio.create_task(ask(port, body(piece, 260))) for piece in pieces[:8]]
     await asyncio.sleep(4)
     spans, changes = [], []
     for turn in range(4):

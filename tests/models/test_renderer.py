@@ -83,3 +83,32 @@ def test_a_child_that_dies_is_replaced(renderer: Renderer) -> None:
     with pytest.raises(RequestError, match="ended its process"):
         say(renderer, "hello")
     assert say(renderer, "hello") == "user: hello"
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "{{ lipsum.__globals__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ '' | attr('__class__') }}",
+        "{{ messages | map(attribute='__class__') | list }}",
+        "{{ [1, ''] | sort(attribute='__class__.__name__') | list }}",
+        "{{ self._TemplateReference__context }}",
+        "{% for x in [1] %}{{ loop.__init__.__globals__ }}{% endfor %}",
+        "{% macro m() %}{% endmacro %}{{ m.__call__.__globals__ }}",
+        "{{ dict.__subclasses__() }}",
+        "{{ namespace(a=1) | attr('_Namespace__attrs') }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ '{0[__class__]}'.format(messages) }}",
+        "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+        "{{ [].append.__self__ }}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ messages[0].get.__self__.__class__ }}",
+    ],
+)
+def test_a_hostile_template_learns_nothing_of_the_process(escape: str) -> None:
+    try:
+        text = render(escape, [{"role": "user", "content": "x"}])
+    except RequestError as refused:
+        text = "" if "unsafe" in refused.message or "undefined" in refused.message else refused.message
+    assert text in ("", "[Undefined]") or "has no attribute" in text

@@ -101,7 +101,18 @@ def at_rest(live: Live) -> dict[str, float]:
 
 @pytest.mark.timeout(1200)
 def test_random_clients_leave_no_trace(soak_seconds: float, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(tiny_llama_folder), "--kv-bytes", "8M", "--max-num-seqs", "12", "--max-model-len", "1024"]
+    flags = [
+        "--model",
+        str(tiny_llama_folder),
+        "--kv-bytes",
+        "8M",
+        "--max-num-seqs",
+        "12",
+        "--max-model-len",
+        "1024",
+        "--threads",
+        "1",
+    ]
     with live_server(tmp_path / "log", *flags, "--log-level", "warning") as live:
         total = asyncio.run(campaign(live, min(20.0, soak_seconds / 4), seed=0))  # buffers reach their size
         resident, deadline, turn = live.resident_bytes(), time.monotonic() + soak_seconds, 0
@@ -113,4 +124,39 @@ def test_random_clients_leave_no_trace(soak_seconds: float, tiny_llama_folder: P
         assert live.resident_bytes() - resident < GROWTH
         assert all(total[kind] for kind in ("answered", "streamed", "left", "refused")), total
         print(dict(total))
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+STREAMS, REQUESTS = 64, 1000
+
+
+async def crowd(live: Live, seen: Counter[str]) -> None:
+    """REQUESTS streams, STREAMS at a time; every fifth client leaves in the middle."""
+    left = iter(range(REQUESTS))
+
+    async def client(number: int) -> None:
+        rng = random.Random(number)
+        async with httpx.AsyncClient(base_url=live.url, timeout=120) as http:
+            for _ in left:
+                path, body = request(rng)
+                patience = rng.randint(1, 20) if rng.random() < LEAVE else None
+                seen[await ask(http, path, {**body, "stream": True}, patience)] += 1
+
+    await asyncio.gather(*(client(number) for number in range(STREAMS)))
+
+
+@pytest.mark.timeout(1200)
+def test_a_crowd_of_streams_leaves_no_trace(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_llama_folder), "--kv-bytes", "8M", "--max-num-seqs", "64", "--max-model-len", "1024"]
+    with live_server(tmp_path / "log", *flags, "--threads", "1", "--log-level", "warning") as live:
+        resident, files = [], []
+        for _ in range(3):
+            seen: Counter[str] = Counter()
+            asyncio.run(crowd(live, seen))
+            assert sum(seen.values()) == REQUESTS and REQUESTS / 10 < seen["left"] < REQUESTS / 3, seen
+            assert at_rest(live) == {}
+            resident.append(live.resident_bytes())
+            files.append(len(list(Path(f"/proc/{live.process.pid}/fd").iterdir())))
+        print(dict(seen), [size >> 20 for size in resident], files)
+        assert resident[-1] - resident[0] < GROWTH and files[-1] <= files[0]
     assert "Traceback" not in (tmp_path / "log").read_text()

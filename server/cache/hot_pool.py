@@ -197,7 +197,4 @@ class HotPool:
             fresh = ~(self._askers[slots] == askers[:, None]).any(1)
             slots, askers = slots[fresh], askers[fresh]
             free = self._askers[slots, column] == NOBODY
-            first = np.zeros(len(slots), bool)
-            first[np.unique(slots, return_index=True)[1]] = True
-            take = free & first
-            self._askers[slots[take], column] = askers[take]
+            self._askers[slots[free], column] = askers[free]  # of several for one slot the last stays, others go on

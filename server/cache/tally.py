@@ -44,6 +44,8 @@ class Tally:
             self.sent += fetch.rows_read * fetch.rows.shape[1] * fetch.rows.element_size()
         self.stall_s += stall
         tokens, columns = fetch.lookup.row_ids.shape
+        if fetch.inverse is not None and columns > 1:
+            return  # a row read once may be of several orders
         heads = columns // max(len(self.by_order), 1)
         distinct = len(fetch.rows) if fetch.inverse is not None and fetch.rows is not None else tokens * heads
         for order, sums in enumerate(self.by_order):

@@ -251,10 +251,10 @@ class Memories:
         return self.warm.ages() if self.warm is not None else {}
 
     def close(self) -> None:
-        if self.warm is not None:
-            self.warm.close()
         self._pager.shutdown(cancel_futures=True)
         self.prefetcher.close()
+        if self.warm is not None:
+            self.warm.close()
         if self.residency is not None:
             self.residency.close()
         for pack in self.packs:

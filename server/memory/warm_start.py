@@ -53,11 +53,15 @@ class WarmStart:
         }
 
     def close(self) -> None:
-        """Saves once more, unless the old lists are still being read: they hold more. May be called twice."""
+        """After the prefetcher's end: saves once more, unless the old lists are still being read, which hold more.
+
+        May be called twice.
+        """
         ended = self._ends.is_set()
         self._ends.set()
         self._thread.join()
         if self.loaded.is_set() and not ended:
+            self.hot.learn()  # what the last steps asked for
             self.save()
 
     def save(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -171,6 +172,18 @@ def test_an_unknown_table_is_read_past_the_cache() -> None:
             lookup = hashed(table, 1, keys_of(9))
             assert torch.equal(rows_of(prefetcher, lookup), table.values(lookup.row_ids))
     assert hits(prefetcher) == 0
+    prefetcher.close()
+
+
+def test_distinct_rows_of_several_columns_are_read_past_the_cache() -> None:
+    table = MemoryTable("t")
+    lookup = replace(hashed(table, 1, keys_of(9)), dedup=True)
+    prefetcher = Prefetcher(torch.float32, CPU, MIB, hot=cache_for(lookup))
+    for _ in range(3):
+        assert torch.equal(rows_of(prefetcher, lookup), table.values(lookup.row_ids))
+    (counted,) = prefetcher.counters()
+    assert counted.rows == table.read == 3 * len(np.unique(lookup.row_ids))
+    assert all(order.looked_up == 0 for order in counted.orders)
     prefetcher.close()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import stat
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from server.models.source import open_source
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit
 from tests.engines import engine_on, logits_of, outputs_of
+from tests.live import live_server
 from tests.memory.stems import save_stem
 from tests.memory.test_addressing import DEEPSEEK, DEMO, QWEN
 from tests.memory.test_families import PEFT
@@ -263,3 +266,17 @@ def test_a_text_that_cannot_be_read_is_named(tiny_llama_folder: Path, pack_a: Pa
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(PackError, match="--corpus .* is empty"):
         hotlist(model=str(tiny_llama_folder), memory=pack_a, corpus=tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_a_server_that_is_told_to_stop_saves_its_list(
+    tiny_llama_folder: Path, pack_a: Path, tmp_path: Path, cache_home: Path
+) -> None:
+    flags = ("--model", str(tiny_llama_folder), "--memory", f"a={pack_a}", "--device-cache", "1M", "--kv-bytes", "64M")
+    with live_server(tmp_path / "log", *flags) as live:
+        for _ in range(20):
+            body = json.dumps({"prompt": "the quick brown fox jumps over the lazy dog", "max_tokens": 1}).encode()
+            request = urllib.request.Request(f"{live.url}/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                assert answer.status == 200
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache_home / "engram-server" / "hot").iterdir()] == [0o600]

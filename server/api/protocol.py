@@ -80,6 +80,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head % (status, REASONS[status], len(body)) + body)
+        else:  # nothing of it can be written any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _expect_head(self) -> None:

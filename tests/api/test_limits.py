@@ -174,3 +174,15 @@ def test_chunked_bodies_are_counted_too(narrow: LiveServer) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Api-Key: k1\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"40000\r\n" + b" " * 0x40000 + b"\r\n"
     assert slowly(narrow, head + chunk * 5 + b"0\r\n\r\n", pause=0.1).startswith(b"HTTP/1.1 413 ")
+
+
+def test_nonsense_behind_a_request_ends_that_request_quietly(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    flags = {"model": str(tiny_llama_folder), "kv_bytes": 16 << 20, "max_model_len": 256, "in_process": True}
+    server = LiveServer(flags, log=tmp_path / "log")
+    body = b'{"prompt": "a", "max_tokens": 100, "ignore_eos": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    for _ in range(20):
+        assert slowly(server, head % len(body) + body + b"\x00nonsense\r\n\r\n", pause=0) == b""
+    assert server.settled()
+    assert server.stop() == 0
+    assert "unexpected" not in (tmp_path / "log").read_text()

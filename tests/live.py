@@ -34,6 +34,16 @@ class Live:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
+    def settled(self, seconds: float = 20) -> dict[str, float]:
+        """`gauges` once nothing runs or waits. Raises AssertionError if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            gauges = self.gauges()
+            if not any(value for name, value in gauges.items() if name.startswith("engram_num_requests_")):
+                return gauges
+            time.sleep(0.1)
+        raise AssertionError(f"the server is still busy after {seconds:.0f} s")
+
     def resident_bytes(self) -> int:
         """Resident set of the server's processes together."""
         pids = [self.process.pid, *_children(self.process.pid)]

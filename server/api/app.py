@@ -12,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server.api import errors
 from server.api.auth import Auth, Keys
+from server.api.http_metrics import Counted
 from server.api.middleware import BodyLimit, Edge
 from server.api.routes import chat, completions, memory, models, operations, playground, tokens
 from server.api.service import Service
@@ -59,7 +60,8 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
             allow_headers=CORS_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(Edge, log_prompts=settings.log_prompts)  # outermost
+    app.add_middleware(Edge, log_prompts=settings.log_prompts)
+    app.add_middleware(Counted, metrics=service.metrics)  # outermost: counts what every other answers
     return app
 
 

@@ -10,6 +10,7 @@ from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
+from server.metrics import buckets_from
 from server.models.renderer import Renderer
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
@@ -28,7 +29,7 @@ class Service:
     settings: Settings
     client: EngineClient
     source: ModelSource
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    metrics: RequestMetrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     admission: Admission = field(init=False)
     pieces: Pieces = field(init=False)
@@ -36,6 +37,8 @@ class Service:
     renderer: Renderer | None = field(init=False)  # None: the model has no chat template
 
     def __post_init__(self) -> None:
+        self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
+        self.client.step_listeners.append(self.metrics.step)
         self.admission = Admission(self.settings, self.metrics)
         template = self.source.chat_template
         self.renderer = Renderer(template) if template is not None else None

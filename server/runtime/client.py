@@ -75,6 +75,11 @@ class EngineClient:
             raise message.error
         return cls(ours, worker, message)
 
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, None where it runs in a thread of this one."""
+        return getattr(self._worker, "pid", None)
+
     async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
         """Streams the tokens of all n children, interleaved, until each has finished.
 
@@ -155,7 +160,10 @@ class EngineClient:
             self._end()
 
     def _take(self, step: StepOutputs) -> None:
-        self.stats = step.stats
+        stats = step.stats
+        if not stats.counted:
+            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident, counted=True)
+        self.stats = stats
         for output in step.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:

@@ -39,6 +39,7 @@ COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
 # How long an engine with nothing to do but wait for grammars stays deaf to messages.
 REST_SECONDS = 0.005
+COUNT_SECONDS = 0.05
 
 
 class Engine:
@@ -69,6 +70,7 @@ class Engine:
         self._constrained: list[Sequence] = []
         self.draining = False
         self.steps, self.step_s = 0, 0.0
+        self._counted_at = float("-inf")
         self._requests: dict[str, list[Sequence]] = {}
         self._resident_at, self._resident_last = float("-inf"), ()  # type: tuple[float, tuple[TableResidency, ...]]
 
@@ -136,13 +138,26 @@ class Engine:
         elapsed = time.perf_counter() - begun
         self.steps += 1
         self.step_s += elapsed
-        return StepOutputs(tuple(outputs), self.stats(), elapsed, sum(work.tokens for work in works))
+        return StepOutputs(tuple(outputs), self._step_stats(), elapsed, sum(work.tokens for work in works))
 
-    def stats(self) -> EngineStats:
+    def _step_stats(self) -> EngineStats:
+        """With the memories' counters now and then only, and when the last sequence has ended: of twenty tables they
+        take longer to send than a short step to compute.
+        """
+        now = time.monotonic()
+        if now - self._counted_at < COUNT_SECONDS and not self.idle:
+            return self.stats(memory=False)
+        self._counted_at = now
+        return self.stats()
+
+    def stats(self, *, memory: bool = True) -> EngineStats:
+        """`memory`: with the memories' counters and what is resident of their tables."""
         scheduler, memories = self.scheduler, self.runner.memories
+        deferred = sum(len(s.children) for s in scheduler.running)
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + sum(len(s.children) for s in scheduler.running),
+            waiting=len(scheduler.waiting) + deferred,
+            deferred=deferred,
             blocks_used=self.pool.used,
             blocks=self.pool.usable,
             steps_total=self.steps,
@@ -150,9 +165,10 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=memory_counters(memories) if memories else (),
+            memory=memory_counters(memories) if memory and memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
-            resident=self._resident(),
+            resident=self._resident() if memory else (),
+            counted=memory,
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:
@@ -309,8 +325,15 @@ class Engine:
 
 def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
     """What the cache counts, as the message that crosses the pipe."""
-    ages = memories.hot_list_ages()
+    durations, placements = memories.prefetcher.fetch_counts(), memories.placements()
+    paged, ages = memories.page_ins(), memories.hot_list_ages()
     return tuple(
-        MemoryCounters(**{name: getattr(counters, name) for name in COUNTED}, hot_list_age_s=ages.get(counters.table))
+        MemoryCounters(
+            **{name: getattr(counters, name) for name in COUNTED},
+            fetch_counts=durations.get((counters.table, counters.layer), ()),
+            placement=placements.get((counters.table, counters.layer), "mapped"),
+            page_ins=paged.get((counters.table, counters.layer), 0),
+            hot_list_age_s=ages.get(counters.table),
+        )
         for counters in memories.counters()
     )

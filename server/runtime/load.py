@@ -20,6 +20,7 @@ from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
+from server.metrics import MEMORY_FETCH, buckets_from
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
@@ -170,9 +171,14 @@ def load(settings: Settings) -> Loaded:
     if packs:
         place(packs, prepared.plan, device)
         hot = device_cache(settings, packs, device)
-        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot)
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
         memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
     return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
+
+
+def fetch_bounds(settings: Settings) -> tuple[float, ...]:
+    """Seconds by which the prefetcher counts its fetches, for the metrics."""
+    return buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
 
 
 def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, device: torch.device) -> None:

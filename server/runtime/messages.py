@@ -189,9 +189,11 @@ class TokenOutput:
 @dataclass(frozen=True, slots=True)
 class MemoryCounters:
     """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, rows
-    the device cache held, let in and put out. Now: rows its pool has room for, bytes it holds, the hot list's age.
+    the device cache held, let in and put out, bytes sent to the device, pages asked for ahead. Now: rows the cache's
+    pool has room for, bytes it holds, where the table is placed, the hot list's age.
 
-    `orders`: the rows by n-gram length and by where they were found.
+    `orders`: the rows by n-gram length and by where they were found. `fetch_counts`: fetches by duration, one count per
+    bound of the prefetcher and one beyond.
     """
 
     table: str
@@ -200,12 +202,16 @@ class MemoryCounters:
     bytes: int
     fetch_s: float
     stall_s: float
+    device_bytes: int = 0
+    page_ins: int = 0
     device_hits: int = 0
     admissions: int = 0
     evictions: int = 0
     capacity: int = 0
     cache_bytes: int = 0
+    placement: str = "mapped"  # or device, pinned
     hot_list_age_s: float | None = None
+    fetch_counts: tuple[int, ...] = ()
     orders: tuple[OrderCounters, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -227,10 +233,13 @@ class TableResidency:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges now, and totals since the start (`*_total`)."""
+    """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
+    another choice. `counted` False: `memory` and `resident` were left out, they are those of an earlier message.
+    """
 
     running: int = 0
     waiting: int = 0
+    deferred: int = 0
     blocks_used: int = 0
     blocks: int = 0
     steps_total: int = 0
@@ -241,6 +250,7 @@ class EngineStats:
     memory: tuple[MemoryCounters, ...] = ()
     table_fault: str | None = None
     resident: tuple[TableResidency, ...] = ()
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFa
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
 from server.runtime.costs import Costs
-from server.runtime.grammar import Grammars, rest
+from server.runtime.grammar import Constraint, Grammars, grace, rest
 from server.runtime.messages import (
     EngineStats,
     FinishReason,
@@ -104,7 +104,7 @@ class Engine:
         if grammar is not None:
             assert self.grammars is not None
             for sequence in family:
-                sequence.constraint = self.grammars.constraint(grammar)
+                sequence.constraint = Constraint(self.grammars, grammar)
             self._constrained += family
         family[0].children = family[1:]
         self.runner.page_in(family[0])
@@ -281,13 +281,28 @@ class Engine:
         )
 
     def _settle(self) -> list[TokenOutput]:
-        """Takes what was done for grammars beside the last step; ends the sequences whose grammar cannot go on."""
+        """Takes what was done for grammars beside the last step; ends sequences that are complete or cannot go on."""
+        grace(self._constrained)
         outputs = []
         for sequence in list(self._constrained):
-            error = sequence.constraint.settle() if sequence.constraint is not None else None
-            if error is not None:
-                self._end(sequence, "error")
-                outputs.append(TokenOutput(sequence.request_id, sequence.index, (), finish_reason="error", error=error))
+            constraint = sequence.constraint
+            assert constraint is not None
+            error = constraint.settle()
+            reason: FinishReason | None = "stop" if constraint.complete else "length" if sequence.at_limit else None
+            if error is not None or (reason is not None and constraint.pending is None):
+                reason = "error" if error is not None else reason
+                assert reason is not None
+                self._end(sequence, reason)
+                outputs.append(
+                    TokenOutput(
+                        sequence.request_id,
+                        sequence.index,
+                        (),
+                        finish_reason=reason,
+                        error=error,
+                        cost=sequence.cost if sequence.params.timings else None,
+                    )
+                )
         return outputs
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:

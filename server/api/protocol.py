@@ -45,6 +45,10 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._head > MOST_HEAD_BYTES:
                 self._refuse_head()
 
+    def eof_received(self) -> None:
+        """The connection closes with this; an answer under way has no reader, and writing it would raise."""
+        self._abandon()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head = 0
@@ -80,10 +84,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head % (status, REASONS[status], len(body)) + body)
-        else:  # nothing of it can be written any more
+        self._abandon()
+        self.transport.close()
+
+    def _abandon(self) -> None:
+        """Of a request under way, whose answer can be written no more: it ends as when its client leaves."""
+        if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.transport.close()
 
     def _expect_head(self) -> None:
         self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)

@@ -218,8 +218,10 @@ def run(
 ) -> dict[str, Any]:
     """Runs the experiment, prints its tables, writes `json`. Returns what it wrote. Raises NotReady, SettingsError."""
     console = Console()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no server outlives the run
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as place, contextlib.ExitStack() as stack:
+        # so that no server outlives the run
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(place) / "model"
         convert(model, folder, dtype="bfloat16")
         peers = [ours(OURS, folder)]

@@ -122,7 +122,7 @@ demo-memory: $(VENV)/.dev $(VENV)/.model
 	  --layers 20,26 --orders 2,3,4,5,6 --heads 1 --dim 16 --rows 108000
 	$(BIN)/engram-server train $(DEFAULT_MODEL) --memory $(DEMO)/fresh --data $(DEMO)/facts.jsonl \
 	  --retain $(DEMO)/retain.txt --general $(DEMO)/general.txt --out $(DEMO)/wordnet \
-	  --epochs 12 --batch-tokens 768 --retain-weight 300 --row-type int8
+	  --epochs 10 --batch-tokens 768 --retain-weight 300 --row-type int8
 	$(BIN)/engram-server eval $(DEFAULT_MODEL) --memory $(DEMO)/wordnet --json $(DEMO)/eval.json --plot $(DEMO)/gates.png
 
 # What an offloaded memory costs over HTTP, with its interval; OVERHEAD='--seconds 600 --bound 1' passes flags.

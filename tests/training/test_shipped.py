@@ -23,7 +23,8 @@ SHIPPED_BYTES = 24_000_000
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    settings = Settings(model=BUILTIN, memory=(str(shipped()),), threads=1, kv_bytes=128 << 20, prefix_cache="off")
+    small = {"threads": 1, "kv_bytes": 128 << 20, "max_model_len": 1024, "prefix_cache": "off"}
+    settings = Settings(model=BUILTIN, memory=(str(shipped()),), **small)
     return build_engine(settings, load(settings))
 
 

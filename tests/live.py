@@ -50,6 +50,12 @@ class Live:
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
 
 
+def engine_of(pid: int) -> int:
+    """The engine's process among the server's: the largest of those it spawned."""
+    spawned = [child for child in _children(pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    return max(spawned, key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
+
+
 def _children(pid: int) -> list[int]:
     below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*below, *(grandchild for child in below for grandchild in _children(child))]

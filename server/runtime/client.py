@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -78,7 +79,7 @@ class EngineClient:
         self._streams[submit.request_id] = stream
         finished: set[int] = set()
         try:
-            self._outbox.put(submit)
+            self._outbox.put(replace(submit, sent=time.monotonic()))
             while len(finished) < submit.n:
                 output = await stream.get()
                 if output.finish_reason is not None:
@@ -146,7 +147,8 @@ class EngineClient:
 
     def _take(self, step: StepOutputs) -> None:
         self.stats = step.stats
-        for output in step.outputs:
+        # First tokens first: whoever waits for one waits longest, and each output is a chunk to be written.
+        for output in sorted(step.outputs, key=_later):
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put_nowait(output)
@@ -182,6 +184,10 @@ class EngineClient:
                 return
             if message is None:
                 return
+
+
+def _later(output: TokenOutput) -> bool:
+    return output.queued_s is None
 
 
 def _start_worker(settings: Settings, pipe: Connection) -> Any:

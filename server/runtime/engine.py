@@ -77,6 +77,8 @@ class Engine:
             )
             for index in range(request.n)
         ]
+        for sequence in family:
+            sequence.sent = request.sent
         family[0].children = family[1:]
         self.runner.page_in(family[0])
         self.scheduler.add(family[0])
@@ -211,7 +213,7 @@ class Engine:
             queued_s=sequence.first_scheduled - sequence.arrival,
             prefill_s=now - sequence.first_scheduled,
             cached_tokens=sequence.cached_tokens,
-            engine_s=now - sequence.received,
+            engine_s=now - (sequence.sent or sequence.arrival),
         )
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:

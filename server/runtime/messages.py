@@ -45,8 +45,8 @@ class Submit:
     """One prompt. With n > 1 the engine computes the prompt once and forks; child i samples with seed + i.
 
     `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
-    `arrival` is time.monotonic() at the API's edge. `redirects`: (position, the tokens whose rows token-id tables read
-    there).
+    `arrival` is time.monotonic() at the API's edge, `sent` when the request left it for the engine. `redirects`:
+    (position, the tokens whose rows token-id tables read there).
     """
 
     request_id: str
@@ -57,6 +57,7 @@ class Submit:
     n: int = 1
     arrival: float = 0.0
     redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class TokenOutput:
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
     output only, as are `cached_tokens`, prompt tokens served from the prefix cache, and `engine_s`:
-    seconds from the engine's receiving the request to this output.
+    seconds from the request's leaving for the engine to this output.
     """
 
     request_id: str

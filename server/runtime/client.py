@@ -14,6 +14,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -93,7 +94,7 @@ class EngineClient:
         self._streams[submit.request_id] = stream
         finished: set[int] = set()
         try:
-            self._outbox.put(submit)
+            self._outbox.put(replace(submit, sent=time.monotonic()))
             while len(finished) < submit.n:
                 output = await stream.get()
                 if output.finish_reason is not None:
@@ -164,7 +165,8 @@ class EngineClient:
         if not stats.counted:
             stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident, counted=True)
         self.stats = stats
-        for output in step.outputs:
+        # First tokens first: whoever waits for one waits longest, and each output is a chunk to be written.
+        for output in sorted(step.outputs, key=_later):
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put_nowait(output)
@@ -211,6 +213,10 @@ def _how_it_ended(worker: Any) -> str:
         worker.join(1)
     code = getattr(worker, "exitcode", None)
     return ENDS.get(code, "") if code is not None else ""
+
+
+def _later(output: TokenOutput) -> bool:
+    return output.queued_s is None
 
 
 def _start_worker(settings: Settings, pipe: Connection) -> Any:

@@ -100,6 +100,8 @@ class Engine:
             )
             for index in range(request.n)
         ]
+        for sequence in family:
+            sequence.sent = request.sent
         grammar = request.params.grammar
         if grammar is not None:
             assert self.grammars is not None
@@ -277,7 +279,7 @@ class Engine:
             cached_tokens=sequence.cached_tokens,
             gates=gates,
             cost=cost,
-            engine_s=now - sequence.received,
+            engine_s=now - (sequence.sent or sequence.arrival),
         )
 
     def _settle(self) -> list[TokenOutput]:

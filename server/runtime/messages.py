@@ -68,8 +68,8 @@ class Submit:
     """One prompt. With n > 1 the engine computes the prompt once and forks; child i samples with seed + i.
 
     `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
-    `arrival` is time.monotonic() at the API's edge. `redirects`: (position, the tokens whose rows token-id tables read
-    there).
+    `arrival` is time.monotonic() at the API's edge, `sent` when the request left it for the engine. `redirects`:
+    (position, the tokens whose rows token-id tables read there).
     """
 
     request_id: str
@@ -80,6 +80,7 @@ class Submit:
     n: int = 1
     arrival: float = 0.0
     redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class TokenOutput:
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
     output only, as are `cached_tokens`, prompt tokens served from the prefix cache, and `engine_s`: seconds from the
-    engine's receiving the request to this output.
+    request's leaving for the engine to this output.
     `gates`: of the tokens computed since the last output; the newest token is computed only by the next step.
     """
 

@@ -36,7 +36,7 @@ class Sequence:
     row: int = -1  # place in the runner's token table while running
     children: list[Sequence] = field(default_factory=list)  # wait for this one's prompt
     cached_tokens: int = 0
-    received: float = field(default_factory=time.monotonic)
+    sent: float = 0.0
     first_scheduled: float = 0.0
     first_token: float = 0.0
     preemptions: int = 0

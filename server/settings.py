@@ -53,6 +53,11 @@ class Settings:
 
     memory: tuple[str, ...] = setting((), "memory pack to attach: PATH or NAME=PATH; may be repeated", "memory")
     packs_dir: str = setting("", "folder that an admin may attach memory packs from while serving", "memory")
+    edits_db: str = setting(
+        "", "file that keeps facts and redirects taught while serving; without it there are none", "memory"
+    )
+    max_edits_per_tenant: int = setting(1000, "facts and redirects that one tenant may keep", "memory")
+    max_edit_tokens: int = setting(128, "longest fact, prompt and completion together", "memory")
     prefetch: str = setting("on", "fetch rows ahead of the layer that reads them", "memory", choices=("on", "off"))
     keep_up_projection: bool = setting(
         False, "keep what a STEM memory replaces, so that requests may do without the memory", "memory"

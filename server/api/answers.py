@@ -9,8 +9,9 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -114,22 +115,24 @@ class Answer(ABC):
     def _redirects(self, prompts: list[Prompt]) -> list[Places]:
         """Each prompt's places, all redirects together; the answer's head lists them. Raises RequestError."""
         asked = self.body.memory.redirect if self.body.memory is not None else []
-        if not asked:
+        kept = self.service.edits.redirects(self.caller.name, self.packs)
+        if not asked and not kept:
             return [()] * len(prompts)
         named = [Redirect(each.source, each.target, each.mode, each.occurrence == "last") for each in asked]
         tokenizer, pieces = self.service.source.tokenizer, self.service.pieces
         pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
-        found = [
-            resolve(named, prompt.token_ids, piece=pieces.__getitem__, encode=tokenizer.encode, pad=pad)
-            for prompt in prompts
-        ]
-        self.head["memory"] = {
-            "redirects": [
-                {"prompt": number, "from": each.source, "to": each.target, "positions": [at for at, _ in places]}
-                for number, of_prompt in enumerate(found)
-                for each, places in zip(named, of_prompt, strict=True)
-            ]
-        }
+        resolved = partial(resolve, piece=pieces.__getitem__, encode=tokenizer.encode, pad=pad)
+        found = [resolved(named, prompt.token_ids) for prompt in prompts]
+        if asked:
+            self.head["memory"] = {
+                "redirects": [
+                    {"prompt": number, "from": each.source, "to": each.target, "positions": [at for at, _ in places]}
+                    for number, of_prompt in enumerate(found)
+                    for each, places in zip(named, of_prompt, strict=True)
+                ]
+            }
+        for of_prompt, prompt in zip(found, prompts, strict=True):
+            of_prompt += unasked(kept, prompt.token_ids, of_prompt, resolved)
         return [tuple(sorted(place for places in of_prompt for place in places)) for of_prompt in found]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
@@ -237,3 +240,21 @@ def _joined(deltas: list[Delta]) -> Delta:
         deltas[0].first,
         tuple(entry for delta in deltas for entry in delta.gates),
     )
+
+
+def unasked(
+    kept: list[Redirect],
+    prompt: tuple[int, ...],
+    asked: list[Places],
+    resolved: Callable[[list[Redirect], tuple[int, ...]], list[Places]],
+) -> list[Places]:
+    """The places of a tenant's kept redirects, where the prompt names them and nothing before claims the place."""
+    claimed = {at for places in asked for at, _ in places}
+    found = []
+    for redirect in kept:
+        with suppress(RequestError):  # not in this prompt
+            places = resolved([redirect], prompt)[0]
+            if claimed.isdisjoint(at for at, _ in places):
+                claimed |= {at for at, _ in places}
+                found.append(places)
+    return found

@@ -15,7 +15,7 @@ from server.api.auth import Auth, Keys
 from server.api.http_metrics import Counted
 from server.api.limits import Gate
 from server.api.middleware import BodyLimit, Edge
-from server.api.routes import chat, completions, memory, models, operations, playground, tokens
+from server.api.routes import chat, completions, edits, memory, models, operations, playground, tokens
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.models.source import ModelSource
@@ -33,7 +33,7 @@ EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
 def create_app(settings: Settings, client: EngineClient, source: ModelSource, keys: Keys | None = None) -> FastAPI:
     """The application over a running engine. `app.state.service` is what its routes share."""
     keys = keys if keys is not None else Keys(settings)
-    service = Service(settings, client, source)
+    service = Service(settings, client, source, keys)
     app = FastAPI(
         title="engram-server",
         description="OpenAI's API over a language model with attached memories.",
@@ -41,7 +41,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
         redirect_slashes=False,  # a redirect would lead wherever the Host header says
     )
     app.state.service = service
-    for module in (completions, chat, models, tokens, memory, operations):
+    for module in (completions, chat, models, tokens, memory, edits, operations):
         app.include_router(module.routes(service))
     app.include_router(playground.routes())
     errors.install(app)

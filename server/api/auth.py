@@ -62,6 +62,10 @@ class Keys:
         # With no key at all, whoever sits at this machine is its operator.
         self._anyone_is_admin = loopback and not self._callers
 
+    def knows(self, name: str) -> bool:
+        """Whether requests can still come from a caller of this name."""
+        return name in {caller.name for caller in self._callers.values()} or (name == ANONYMOUS and not self.required)
+
     def caller(self, scope: Scope) -> Caller | None:
         """Who sent this request; None for a key that is not known, or none where one is needed."""
         presented, host = None, b""

@@ -97,7 +97,9 @@ class Generation:
         self._submits: list[Submit] = []
         self._children: list[list[Choice]] = []
         for number, (prompt, own, places) in enumerate(zip(prompts, params, redirects, strict=True)):
-            submit = Submit(f"{request_id}-{number}", prompt.token_ids, own, packs, salt, n, arrival, places)
+            submit = Submit(
+                f"{request_id}-{number}", prompt.token_ids, own, packs, salt, n, arrival, places, caller.name
+            )
             self._submits.append(submit)
             self._children.append(
                 [

@@ -56,6 +56,7 @@ async def serve(settings: Settings, announce: Callable[[EngineClient], None]) ->
             renderer = app.state.service.renderer
             if renderer is not None:
                 renderer.start()
+            await app.state.service.edits.start()
             gc.collect()
             gc.freeze()  # what lives as long as the server need not be looked through again: 15 µs per token
             config = uvicorn.Config(
@@ -77,6 +78,7 @@ async def serve(settings: Settings, announce: Callable[[EngineClient], None]) ->
             try:
                 await DrainingServer(config, client, settings.drain_seconds, announce).serve(sockets=[listener])
             finally:
+                await app.state.service.edits.close()
                 if renderer is not None:
                     renderer.close()
         finally:

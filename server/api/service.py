@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from server.api.auth import Caller
+from server.api.auth import Caller, Keys
+from server.api.edits.live import LiveEdits
 from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
@@ -29,9 +30,11 @@ class Service:
     settings: Settings
     client: EngineClient
     source: ModelSource
+    keys: Keys | None = None
     metrics: RequestMetrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     admission: Admission = field(init=False)
+    edits: LiveEdits = field(init=False)
     pieces: Pieces = field(init=False)
     longest_piece: int = field(init=False)
     renderer: Renderer | None = field(init=False)  # None: the model has no chat template
@@ -40,6 +43,10 @@ class Service:
         self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
         self.client.step_listeners.append(self.metrics.step)
         self.admission = Admission(self.settings, self.metrics)
+        tokenizer = self.source.tokenizer
+        end = next(iter(tokenizer.eos_token_ids), None)
+        knows = self.keys.knows if self.keys is not None else lambda name: True
+        self.edits = LiveEdits(self.settings, self.client, tokenizer.encode, end, knows)
         template = self.source.chat_template
         self.renderer = Renderer(template) if template is not None else None
         self.pieces = Pieces(self.source.tokenizer)

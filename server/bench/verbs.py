@@ -108,6 +108,20 @@ def bench_train(
     run(model=model, layers=numbers("--layers", layers), turns=turns, json=json)
 
 
+@bench.command("edits")
+def bench_edits(
+    model: ModelOption = DEFAULT_MODEL,
+    memory: Annotated[Path | None, typer.Option(help="a taught pack; default: the shipped one")] = None,
+    facts: Annotated[int, typer.Option(min=1, help="facts to teach")] = 50,
+    seconds: Annotated[float, typer.Option(min=1, help="of alternating steps")] = 60.0,
+    json: JsonFile = None,
+) -> None:
+    """Facts taught one by one: completed, cost, what they disturb; and what 10,000 edits of others cost a step."""
+    from server.bench.edits import run
+
+    run(model, memory, facts, seconds, json)
+
+
 @bench.command("stem")
 def bench_stem(
     model: ModelOption = DEFAULT_MODEL,

@@ -24,6 +24,7 @@ class Attachment:
 
     def __init__(self, name: str, fingerprint: str, addresser: Addresser, tables: dict[int, Table]) -> None:
         self.name, self.fingerprint, self.addresser, self.tables = name, fingerprint, addresser, tables
+        self.content = ""  # `identity.content_key`: which edits are its own
 
     @property
     def id(self) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from server.cache.row_table import RowTable
 from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
+from server.memory.edits import Overlay
 from server.memory.short_conv import ConvRead
 from server.memory.stem import StemPack, StemReading, redirected
 from server.memory.trace import GateTrace
@@ -55,6 +56,14 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class Patch:
+    """places[N] among the T · C rows fetched, and the values[N, D] that are read there, on the model's device."""
+
+    places: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One Engram pack at one layer in one step."""
 
@@ -63,6 +72,14 @@ class Reading:
     fetch: Fetch | DeviceFetch
     seen: Seen
     dead: Tensor | None
+    patches: tuple[Patch, ...] = ()
+
+    def rows(self) -> Tensor:
+        """Waits for the rows [T, C · D]; edited ones are put in place of those fetched."""
+        rows = self.fetch.wait()
+        for patch in self.patches:
+            rows.view(-1, patch.values.shape[1])[patch.places] = patch.values
+        return rows
 
 
 @dataclass(slots=True)
@@ -95,7 +112,7 @@ class MemoryStep:
         """hidden[T, H] plus what this layer's packs give. Waits for this layer's rows; raises their TableError."""
         total = hidden
         for reading in self.readings[layer]:
-            rows = reading.fetch.wait()
+            rows = reading.rows()
             if self.trace is not None:
                 self.trace.take(layer, reading, hidden, rows)
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
@@ -156,8 +173,8 @@ class Memories:
             return None
         planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
         fetches = self._begin([plan[2] for plan in planned])
-        step = MemoryStep(fetches)
-        for (layer, pack, _, seen), fetch in zip(planned, fetches, strict=True):
+        step, edited = MemoryStep(fetches), [number for number, view in enumerate(batch.views) if view.overlays]
+        for (layer, pack, lookup, seen), fetch in zip(planned, fetches, strict=True):
             if isinstance(pack, StemPack):
                 means = tuple((index, pack.mean_row(layer, tokens)) for index, tokens in seen.means.items())
                 step.ups[layer] = StemReading(fetch, seen.index, means)
@@ -165,9 +182,27 @@ class Memories:
             shape = pack.shape
             if pack.has_conv and pack.id not in step.conv_reads:  # the same for all layers of a pack
                 step.conv_reads[pack.id] = ConvRead.of(batch, shape.kernel_size, shape.dilation, seen.tokens)
-            reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen))
+            patches = self._patches(batch, pack, lookup, seen, edited) if edited else ()
+            reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen), patches)
             step.readings.setdefault(layer, []).append(reading)
         return step
+
+    def _patches(
+        self, batch: Batch, pack: Attachment, lookup: Lookup, seen: Seen, edited: Sequence[int]
+    ) -> tuple[Patch, ...]:
+        """Where tokens of the views `edited` read other rows than the table's, in the order in which they apply."""
+        view_of = batch.view_of if seen.tokens is None else batch.view_of[seen.tokens]
+        columns, staging, patches = lookup.row_ids.shape[1], self.prefetcher.staging, []
+        for number in edited:
+            tokens = np.flatnonzero(view_of == number)
+            for overlay in batch.views[number].overlays if len(tokens) else ():
+                assert isinstance(overlay, Overlay)
+                found = overlay.patch(pack.content, lookup.layer, lookup.row_ids[tokens])
+                if found is not None:
+                    places = tokens[found[0] // columns] * columns + found[0] % columns
+                    values = torch.from_numpy(found[1]).to(staging.device, staging.dtype)
+                    patches.append(Patch(torch.from_numpy(places).to(staging.device), values))
+        return tuple(patches)
 
     def _begin(self, lookups: Sequence[Lookup]) -> list[Fetch | DeviceFetch]:
         """Rows on the device are looked up by the layer that reads them; the others begin to be fetched."""

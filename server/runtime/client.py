@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from server.errors import EngramError, NotReady, StepFailed
+from server.memory.edits import Edited
 from server.runtime.messages import (
     Abort,
     Drain,
@@ -32,6 +33,7 @@ from server.runtime.messages import (
     StepOutputs,
     Submit,
     TokenOutput,
+    UpdateEdits,
     UpdateMemory,
 )
 from server.settings import Settings
@@ -131,6 +133,11 @@ class EngineClient:
         if updated.error is not None:
             raise updated.error
         return updated
+
+    def update_edits(self, scope: str, rows: Edited) -> None:
+        """What requests of a tenant ("": of everyone) see that are sent from now on."""
+        if self.alive:
+            self._outbox.put(UpdateEdits(scope, rows))
 
     async def drain(self, seconds: float) -> None:
         """Takes no new requests, waits for the running ones at most `seconds`, then ends the engine."""

@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from server.cache.counters import LayerCounters
 from server.errors import EngramError, NotReady, QueueFull, RequestError, StepFailed, TableError
+from server.memory.edits import Edited, Overlay
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
 from server.runtime.costs import Costs
@@ -68,6 +69,7 @@ class Engine:
         self.fixed, self.redirectable = fixed, redirectable
         self.grammars, self.costs = grammars, Costs(runner.memories)
         self._constrained: list[Sequence] = []
+        self.edits: dict[str, Overlay] = {}  # scope → what its next requests see; "": everyone's
         self.draining = False
         self.steps, self.step_s = 0, 0.0
         self._counted_at = float("-inf")
@@ -84,7 +86,7 @@ class Engine:
         if waiting >= self.max_waiting:
             raise QueueFull(f"{waiting} requests are waiting, as many as --max-waiting allows")
         self._check(request)
-        view = self.view(request.packs, request.salt, request.redirects)
+        view = self.view(request.packs, request.salt, request.redirects, request.tenant)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         family = [
             Sequence.create(
@@ -188,14 +190,33 @@ class Engine:
         return self.scheduler.idle
 
     def view(
-        self, packs: tuple[str, ...], salt: bytes, redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
+        self,
+        packs: tuple[str, ...],
+        salt: bytes,
+        redirects: tuple[tuple[int, tuple[int, ...]], ...] = (),
+        tenant: str = "",
     ) -> MemoryView:
-        """What a request that names these packs sees."""
+        """What a request of this tenant that names these packs sees."""
         if not packs and not salt:
             return BARE
-        return MemoryView(tuple((name, self.packs[name]) for name in packs), salt, redirects)
+        named = tuple((name, self.packs[name]) for name in packs)
+        return MemoryView(named, salt, redirects, self._overlays(named, tenant) if self.edits else ())
+
+    def update_edits(self, scope: str, rows: Edited) -> None:
+        """What requests of a tenant ("": of everyone) see from now on; whoever runs keeps what it has."""
+        if rows:
+            self.edits[scope] = Overlay(rows)
+        else:
+            self.edits.pop(scope, None)
 
     # ── inside ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _overlays(self, packs: tuple[tuple[str, str], ...], tenant: str) -> tuple[Overlay, ...]:
+        """Everyone's edits and the tenant's, where they are of these packs."""
+        memories = self.runner.memories
+        contents = {pack.content for pack in memories.packs if pack.id in packs} if memories is not None else set()
+        scopes = (self.edits.get(scope) for scope in dict.fromkeys(("", tenant)))
+        return tuple(overlay for overlay in scopes if overlay is not None and not overlay.packs.isdisjoint(contents))
 
     def _check(self, request: Submit) -> None:
         if not request.token_ids:

@@ -18,6 +18,7 @@ from server.cache.residency import Residency
 from server.cache.row_table import RowTable, Table
 from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
+from server.memory.identity import content_key
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
@@ -258,6 +259,7 @@ def open_packs(
             device=device,
             read="pread" if settings.read == "pread" else "mmap",
         )
+        pack.content = content_key(folder)
         if isinstance(pack, AttachedPack) and can_prepack(dtype, device):
             for engram in pack.modules.values():
                 prepack(engram)

@@ -1,6 +1,6 @@
 """What crosses the pipe between the API process and the engine process: frozen dataclasses, token ids, no text.
 
-API ──▶ engine   Submit, Abort, UpdateMemory, Drain
+API ──▶ engine   Submit, Abort, UpdateMemory, UpdateEdits, Drain
 engine ──▶ API   Ready | Failed once, then one StepOutputs per step (never one message per token), MemoryUpdated
 """
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from server.cache.counters import OrderCounters
 from server.errors import EngramError
+from server.memory.edits import Edited
 
 if TYPE_CHECKING:
     from server.memory.trace import Gate  # importing it would load torch
@@ -69,7 +70,7 @@ class Submit:
 
     `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
     `arrival` is time.monotonic() at the API's edge, `sent` when the request left it for the engine. `redirects`:
-    (position, the tokens whose rows token-id tables read there).
+    (position, the tokens whose rows token-id tables read there). `tenant`: whose edits it reads besides everyone's.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class Submit:
     arrival: float = 0.0
     redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
     sent: float = 0.0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,14 @@ class UpdateMemory:
     ticket: int
     name: str
     path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateEdits:
+    """All edits of a tenant ("": of everyone) from now on; without rows, none. Requests sent after it see them."""
+
+    scope: str
+    rows: Edited
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The engine's own process: load, say Ready, then read messages and step until told to stop.
 
-    pipe in   Submit, Abort, UpdateMemory, Drain, None (stop)     read without waiting while there is work
+    pipe in   Submit, Abort, UpdateMemory, UpdateEdits, Drain, None (stop)     read without waiting while there is work
     pipe out  Ready | Failed, then StepOutputs, MemoryUpdated     one per step; an idle engine sleeps on the pipe
 
 Between steps, when nothing is left to do, the books are checked: a leak is logged with its name, not found weeks later.
@@ -25,7 +25,17 @@ from server.runtime.blocks import BlockPool
 from server.runtime.engine import Engine
 from server.runtime.grammar import Grammars
 from server.runtime.load import Loaded, load
-from server.runtime.messages import Abort, Drain, Failed, Ready, StepOutputs, Submit, TokenOutput, UpdateMemory
+from server.runtime.messages import (
+    Abort,
+    Drain,
+    Failed,
+    Ready,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+    UpdateEdits,
+    UpdateMemory,
+)
 from server.runtime.names import served_models
 from server.runtime.report import describe
 from server.runtime.runner import Runner
@@ -126,6 +136,8 @@ class EngineLoop:
                     self._send_outputs([])
             case UpdateMemory():
                 self._send_all(self.changes.begin(message))
+            case UpdateEdits(scope, rows):
+                self.engine.update_edits(scope, rows)
             case Drain(seconds):
                 self.engine.draining = True
                 self.deadline = time.monotonic() + seconds

@@ -64,12 +64,16 @@ def routes(service: Service) -> APIRouter:
         if body.name in service.client.ready.packs:
             raise Conflict(f"a memory {body.name!r} is attached already; remove it first, or choose another name")
         folder = await asyncio.to_thread(confined, service.settings.packs_dir, body.path)
-        return JSONReply(changed(body.name, await update(service, body.name, str(folder))), 201)
+        updated = await update(service, body.name, str(folder))
+        await asyncio.to_thread(service.edits.folders.add, body.name, folder)
+        return JSONReply(changed(body.name, updated), 201)
 
     @router.delete("/v1/memory/packs/{name}", dependencies=admin, responses={200: {"model": PackChange}, **ERRORS})
     async def remove_pack(name: str) -> Response:
         """Lets a memory go. Requests that run read it to their end, then its files are closed."""
-        return JSONReply(changed(name, await update(service, name, None)))
+        updated = await update(service, name, None)
+        service.edits.folders.remove(name)
+        return JSONReply(changed(name, updated))
 
     return router
 

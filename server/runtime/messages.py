@@ -81,8 +81,8 @@ class Submit:
     n: int = 1
     arrival: float = 0.0
     redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    sent: float = 0.0
     tenant: str = ""
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 # Everything sets itself up: a target that needs an environment makes it, and a second run finds it made.
 #
 #   make serve [MODEL=…] [MEMORY=…] [PORT=…]     make test      make check     make format
-#   make bench                                   make soak      make docs      make clean
+#   make bench      make overhead                make soak      make docs      make clean
 #   make demo-memory
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs soak bench demo-memory clean
+.PHONY: help serve test check format docs soak bench overhead demo-memory clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -43,6 +43,10 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/.made
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.loadtest: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install -e '.[loadtest]'
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.model: | $(VENV)/.made
@@ -118,8 +122,12 @@ demo-memory: $(VENV)/.dev $(VENV)/.model
 	  --layers 20,26 --orders 2,3,4,5,6 --heads 1 --dim 16 --rows 108000
 	$(BIN)/engram-server train $(DEFAULT_MODEL) --memory $(DEMO)/fresh --data $(DEMO)/facts.jsonl \
 	  --retain $(DEMO)/retain.txt --general $(DEMO)/general.txt --out $(DEMO)/wordnet \
-	  --epochs 12 --batch-tokens 768 --retain-weight 300 --row-type int8
+	  --epochs 10 --batch-tokens 768 --retain-weight 300 --row-type int8
 	$(BIN)/engram-server eval $(DEFAULT_MODEL) --memory $(DEMO)/wordnet --json $(DEMO)/eval.json --plot $(DEMO)/gates.png
+
+# What an offloaded memory costs over HTTP, with its interval; OVERHEAD='--seconds 600 --bound 1' passes flags.
+overhead: $(VENV)/.loadtest $(VENV)/.model
+	$(BIN)/python -m loadtest.overhead $(OVERHEAD)
 
 clean:
 	rm -rf $(VENV) $(JUDGES) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import SettingsError
+from server.metrics import buckets_from
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PLACEMENTS = ("auto", "device", "pinned", "mapped")
@@ -106,6 +107,10 @@ class Settings:
     log_prompts: bool = setting(False, "log the text of every prompt", "http")
     in_process: bool = setting(False, "run the engine in a thread of the API process (debugging)", "http")
 
+    vllm_metrics: bool = setting(False, "export queued, running and KV use as vllm:… too, for gateways", "metrics")
+    metrics_buckets: tuple[str, ...] = setting(
+        (), "bounds of one histogram in place of its own: NAME=0.01:0.1:1; may be repeated", "metrics"
+    )
     api_key: tuple[str, ...] = setting(
         (), "key that clients must send as Authorization: Bearer KEY; may be repeated", "security", secret=True
     )
@@ -140,6 +145,7 @@ class Settings:
                 raise SettingsError(f"--placement is {asked!r}; write [NAME=]{'|'.join(PLACEMENTS)}")
         if self.port > 65535:
             raise SettingsError(f"--port is {self.port}; it must be at most 65535")
+        buckets_from(self.metrics_buckets)
         if self.ssl_cert_reqs > 2:
             raise SettingsError(f"--ssl-cert-reqs is {self.ssl_cert_reqs}; it must be 0, 1 or 2")
         object.__setattr__(self, "api_key", tuple(hashed_key(key, "--api-key") for key in self.api_key))

@@ -34,10 +34,26 @@ class Live:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
+    def settled(self, seconds: float = 20) -> dict[str, float]:
+        """`gauges` once nothing runs or waits. Raises AssertionError if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            gauges = self.gauges()
+            if not any(value for name, value in gauges.items() if name.startswith("engram_num_requests_")):
+                return gauges
+            time.sleep(0.1)
+        raise AssertionError(f"the server is still busy after {seconds:.0f} s")
+
     def resident_bytes(self) -> int:
         """Resident set of the server's processes together."""
         pids = [self.process.pid, *_children(self.process.pid)]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
+
+
+def engine_of(pid: int) -> int:
+    """The engine's process among the server's: the largest of those it spawned."""
+    spawned = [child for child in _children(pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    return max(spawned, key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
 
 
 def _children(pid: int) -> list[int]:

@@ -6,6 +6,8 @@ A fenced block of kind `bash` is run here, in an empty folder, unless its info s
     ```bash needs=server      run by test_server_commands_get_an_answer against a live server
     ```bash needs=install     a package index and minutes: the two commands; .ci/run in a fresh clone runs them
     ```bash needs=minutes     longer than a test may take
+    ```bash needs=prometheus  run by tests/soak/test_by_hand.py, where prometheus is installed
+    ```bash needs=locust      run by tests/loadtest/test_commands.py against a live server
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tests.live import live_server
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = {"server", "install", "minutes", "gpu", "docker", "admin"}
+NEEDS = {"server", "install", "minutes", "gpu", "docker", "admin", "prometheus", "locust"}
 
 
 @dataclass(frozen=True)

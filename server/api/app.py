@@ -12,6 +12,8 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server.api import errors
 from server.api.auth import Auth, Keys
+from server.api.http_metrics import Counted
+from server.api.limits import Gate
 from server.api.middleware import BodyLimit, Edge
 from server.api.routes import chat, completions, edits, memory, models, operations, playground, tokens
 from server.api.service import Service
@@ -23,6 +25,7 @@ from server.settings import Settings
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; nobody reads it but the log
 
 
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 CORS_HEADERS = ("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id")
 EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
 
@@ -50,6 +53,7 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
     if keys.required:
         describe_keys(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Gate, admission=service.admission, paths=GENERATING)
     app.add_middleware(Auth, keys=keys, metrics=service.metrics)
     if settings.cors_origin:
         app.add_middleware(
@@ -59,7 +63,8 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
             allow_headers=CORS_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(Edge, log_prompts=settings.log_prompts)  # outermost
+    app.add_middleware(Edge, log_prompts=settings.log_prompts)
+    app.add_middleware(Counted, metrics=service.metrics)  # outermost: counts what every other answers
     return app
 
 

@@ -19,7 +19,7 @@ from server.api.auth import Caller
 from server.api.limits import Ticket
 from server.api.prompts import Prompt
 from server.api.service import Service
-from server.errors import EngramError, NotReady, RequestError, RequestTimeout
+from server.errors import EngramError, NotReady, QueueFull, RequestError, RequestTimeout
 from server.memory.redirects import Places
 from server.runtime.client import EngineClient
 from server.runtime.detokeniser import Detokeniser
@@ -48,7 +48,7 @@ class Choice:
     detokeniser: Detokeniser
     tokens: int = 0
     cached_tokens: int = 0
-    first: float = 0.0
+    first: float = 0.0  # when its first token and its latest came
     last: float = 0.0
     queued_s: float = 0.0
     prefill_s: float = 0.0
@@ -171,8 +171,10 @@ class Generation:
         except (asyncio.CancelledError, GeneratorExit):
             self._close("abort")
             raise
-        except (RequestError, NotReady):
-            raise  # refused: nothing ran
+        except (RequestError, NotReady) as error:
+            if isinstance(error, QueueFull):
+                self._metrics.refused["requests"] += 1
+            raise  # nothing ran
         except Exception as error:
             logger.error("the request failed: %s", error if isinstance(error, EngramError) else type(error).__name__)
             self._close("error")
@@ -214,25 +216,25 @@ class Generation:
         metrics = self._metrics
         choice.tokens += len(output.token_ids)
         metrics.generation_tokens += len(output.token_ids)
-        last, choice.last = choice.last, now
         if output.cost is not None:
             choice.cost = output.cost
-        if last:
-            if output.token_ids:
-                metrics.between_tokens.observe(now - last)
-            return None
         if output.queued_s is None or output.prefill_s is None:
-            return None  # ended before its first token
-        choice.first, choice.queued_s, choice.prefill_s = now, output.queued_s, output.prefill_s
+            if output.token_ids:
+                metrics.between_tokens.observe(now - choice.last)
+                choice.last = now
+            return None  # a later output, or one that ended before its first token
+        choice.queued_s, choice.prefill_s = output.queued_s, output.prefill_s
         if choice.child == 0:
             self.engine_s = output.engine_s
             if self._ticket is not None:
                 self._ticket.started(len(choice.prompt.token_ids))
             choice.cached_tokens = output.cached_tokens
-            metrics.prompt_tokens += len(choice.prompt.token_ids)
-            metrics.first_token.observe(now - self.arrival)
-            metrics.queue.observe(output.queued_s)
-            metrics.prefill.observe(output.prefill_s)
+        if output.token_ids:  # none with max_tokens 0
+            choice.first = choice.last = now
+            if choice.child == 0:
+                prompt = len(choice.prompt.token_ids)
+                ttft = now - self.arrival
+                metrics.started(prompt, output.cached_tokens, ttft, output.queued_s, output.prefill_s)
         return output
 
     def _finish(self, choice: Choice, reason: FinishReason, now: float) -> None:
@@ -240,6 +242,14 @@ class Generation:
         self._open -= 1
         self._metrics.finished[reason] += 1
         self._metrics.end_to_end.observe(now - self.arrival)
+        if choice.tokens:
+            inference = choice.last - self.arrival - choice.queued_s
+            self._metrics.ended(choice.tokens, inference, choice.last - choice.first)
+        number = choice.index // len(self._children[0])
+        family = self._children[number]
+        if all(child.finish_reason is not None for child in family) and any(child.tokens for child in family):
+            asked = self._submits[number].params.max_tokens
+            self._metrics.completed(len(family), asked, max(child.tokens for child in family))
 
     def _close(self, reason: FinishReason) -> None:
         now = time.monotonic()

@@ -16,7 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from server.api.auth import Caller
+from server.api.errors import response_of
 from server.api.metrics import RequestMetrics
 from server.errors import QueueFull, RequestError
 from server.settings import Settings
@@ -88,6 +91,24 @@ class Admission:
     def _refuse(self, reason: str, message: str) -> None:
         self._metrics.refused[reason] += 1
         raise QueueFull(message)
+
+
+class Gate:
+    """Refuses what generates while there is no room for it: before its body is read, let alone understood.
+
+    Under overload most requests end here, and what they cost is taken from those that are served.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission, paths: frozenset[str]) -> None:
+        self.app, self._admission, self._paths = app, admission, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
+            try:
+                self._admission.check(scope["state"]["caller"])
+            except QueueFull as error:
+                return await response_of(error)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class Ticket:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import error_body
 
@@ -24,10 +25,14 @@ class HeadTooLarge(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. `_head` counts the bytes of a head that is not complete yet; None between heads."""
+    """One connection. `_head` counts the bytes of a head that is not complete yet; None between heads.
+
+    `cycle` is uvicorn's latest request, `_answering` the one being answered: with pipelining they differ.
+    """
 
     _head: int | None = None
     _too_large = False
+    _answering: RequestResponseCycle | None = None
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -36,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._abandon()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -44,6 +50,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head += len(data)
             if self._head > MOST_HEAD_BYTES:
                 self._refuse_head()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        if self.transport.is_closing():  # the answer before this one was the connection's last
+            cycle.disconnected = True
+        super()._start_asgi_task(cycle, app)
+
+    def eof_received(self) -> None:
+        """The connection closes with this; an answer under way has no reader, and writing it would raise."""
+        self._abandon()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -74,16 +90,21 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answers and closes; only closes where another answer is under way on this connection."""
         self._stop_timer()
-        if self.cycle is None or self.cycle.response_complete:
+        if self._answering is None or self._answering.response_complete:
             body = json.dumps(error_body(message, status)).encode()
             head = (
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head % (status, REASONS[status], len(body)) + body)
-        else:  # nothing of it can be written any more
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._abandon()
         self.transport.close()
+
+    def _abandon(self) -> None:
+        """Of requests under way, whose answers can be written no more: they end as when their client leaves."""
+        for cycle in (self._answering, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _expect_head(self) -> None:
         self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)

@@ -39,7 +39,7 @@ LINGER_SECONDS = 5
 def run(settings: Settings, announce: Callable[[EngineClient], None] = lambda client: None) -> None:
     """Serves until a signal. `announce` is called when requests are taken. Raises EngramError if it cannot start."""
     configure(settings, "api")
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve(settings, announce))
 
 
@@ -174,7 +174,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> SettingsError:
     )
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's where it is installed: it halves the cost of a write."""
     if importlib.util.find_spec("uvloop") is None:
         return None

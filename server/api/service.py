@@ -11,6 +11,7 @@ from server.api.limits import Admission
 from server.api.metrics import RequestMetrics
 from server.api.schemas import MemoryChoice
 from server.errors import NotReady, UnknownModelName
+from server.metrics import buckets_from
 from server.models.renderer import Renderer
 from server.models.source import ModelSource
 from server.runtime.client import EngineClient
@@ -30,7 +31,7 @@ class Service:
     client: EngineClient
     source: ModelSource
     keys: Keys | None = None
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    metrics: RequestMetrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     admission: Admission = field(init=False)
     edits: LiveEdits = field(init=False)
@@ -39,6 +40,8 @@ class Service:
     renderer: Renderer | None = field(init=False)  # None: the model has no chat template
 
     def __post_init__(self) -> None:
+        self.metrics = RequestMetrics(buckets_from(self.settings.metrics_buckets))
+        self.client.step_listeners.append(self.metrics.step)
         self.admission = Admission(self.settings, self.metrics)
         tokenizer = self.source.tokenizer
         end = next(iter(tokenizer.eos_token_ids), None)

@@ -6,8 +6,9 @@
     overload   open loop at five times the capacity
     packs      streams decode while a memory pack is attached and removed
 
-What HTTP adds is paired within each request: the client's time from sending to its first event, less the time that the
-engine took, which the answer's Server-Timing header tells. Client and server share the machine.
+What HTTP adds is paired within each request: the client's time from sending to its first event, less the time from the
+request's leaving for the engine to its token there, which the answer's Server-Timing header tells. Client and server
+share the machine.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from server.api.serve import loop_factory
 from server.bench.http_streams import Exchange, ask, call, resident_bytes, running_server
 from server.bench.paired import machine, write_json
 from server.bench.text import prompts
 from server.commands.attach import attach
 from server.models.source import open_source
 
+T = TypeVar("T")
+
 PROMPT_TOKENS, IN_FLIGHT, CALM = 32, 64, 40
+RAMP = 3.0  # seconds until queues are full; not counted
 SEQUENCES, WAITING = 16, 16  # of the overloaded server: what it admits is its capacity, whatever the machine
 
 
@@ -45,21 +50,27 @@ def run(*, model: str, seconds: int, json: Path | None) -> dict[str, Any]:
         attach(model=model, out=Path(folder) / "pack", layers=(1, 15), rows=20_000, dim=64, heads=8)
         flags = ("--model", model, "--max-model-len", "1024", "--packs-dir", folder)
         with running_server(*flags, "--max-num-seqs", "128") as server:
-            asyncio.run(calm(server.port, pieces, 4))
+            go(calm(server.port, pieces, 4))
             console.print("[dim]one request after the other …[/dim]")
-            result["calm"] = overheads(asyncio.run(calm(server.port, pieces, CALM)))
+            result["calm"] = overheads(go(calm(server.port, pieces, CALM)))
             console.print(f"[dim]open loop, {IN_FLIGHT} in flight …[/dim]")
-            result["half_load"] = asyncio.run(half_load(server.port, pieces, seconds))
+            result["half_load"] = go(half_load(server.port, pieces, seconds))
             console.print("[dim]packs come and go …[/dim]")
-            result["packs"] = asyncio.run(packs(server.port, pieces))
+            result["packs"] = go(packs(server.port, pieces))
         with running_server(*flags, "--max-num-seqs", str(SEQUENCES), "--max-waiting", str(WAITING)) as server:
             console.print("[dim]peak …[/dim]")
-            peak = asyncio.run(closed_loop(server.port, pieces, SEQUENCES + WAITING, seconds))
+            peak = go(closed_loop(server.port, pieces, SEQUENCES + WAITING, seconds))
             console.print("[dim]five times of it …[/dim]")
-            result["overload"] = asyncio.run(overload(server, pieces, peak, seconds))
+            result["overload"] = go(overload(server, pieces, peak, seconds))
     console.print(table(result))
     write_json(json, result)
     return result
+
+
+def go(work: Coroutine[Any, Any, T]) -> T:
+    """Runs the client on uvloop where there is one: it shares the cores with what it measures."""
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(work)
 
 
 def body(prompt: Sequence[int], tokens: int) -> dict[str, object]:
@@ -68,6 +79,11 @@ def body(prompt: Sequence[int], tokens: int) -> dict[str, object]:
 
 async def calm(port: int, pieces: Sequence[tuple[int, ...]], count: int) -> list[Exchange]:
     return [await ask(port, body(piece, 2)) for piece in pieces[:count]]
+
+
+def length(number: int) -> int:
+    """Answers of 8 to 24 tokens: of one length, they would all end and begin in step."""
+    return 8 + number * 7 % 17
 
 
 def overheads(exchanges: Sequence[Exchange]) -> dict[str, float]:
@@ -94,7 +110,7 @@ async def half_load(port: int, pieces: Sequence[tuple[int, ...]], seconds: int) 
     while time.perf_counter() < deadline:
         flying.append(sum(not task.done() for task in asked))
         # each comes at a moment of its own; the mean gap follows what is in flight
-        gap = 0.1 * max(flying[-1] / IN_FLIGHT, 0.2) ** 4
+        gap = 0.3 * max(flying[-1] / IN_FLIGHT, 0.2) ** 4
         await asyncio.sleep(rng.expovariate(1 / gap))
         measured.append(asyncio.create_task(ask(port, body(pieces[number % len(pieces)], tokens))))
         asked.append(measured[-1])
@@ -104,16 +120,17 @@ async def half_load(port: int, pieces: Sequence[tuple[int, ...]], seconds: int) 
 
 
 async def closed_loop(port: int, pieces: Sequence[tuple[int, ...]], clients: int, seconds: float) -> float:
-    """Answers per second that `clients` get who ask again as soon as they have one."""
-    answered, begun = 0, time.perf_counter()
+    """Answers per second that `clients` get who ask again as soon as they have one, once all are at it."""
+    answered, asked, begun = 0, 0, time.perf_counter() + RAMP
 
-    async def client(number: int) -> None:
-        nonlocal answered
+    async def client() -> None:
+        nonlocal answered, asked
         while time.perf_counter() < begun + seconds:
-            exchange = await ask(port, body(pieces[(number * 31 + answered) % len(pieces)], 16))
-            answered += exchange.status == 200 and time.perf_counter() < begun + seconds
+            asked += 1
+            exchange = await ask(port, body(pieces[asked % len(pieces)], length(asked)))
+            answered += exchange.status == 200 and begun < exchange.ended < begun + seconds
 
-    await asyncio.gather(*[client(number) for number in range(clients)])
+    await asyncio.gather(*[client() for _ in range(clients)])
     return answered / seconds
 
 
@@ -121,21 +138,22 @@ async def overload(server: Any, pieces: Sequence[tuple[int, ...]], peak: float, 
     """Five times `peak` requests a second, whatever becomes of them."""
     rng = random.Random(1)
     asked: list[asyncio.Task[Exchange]] = []
-    begun = due = time.perf_counter()
+    due = time.perf_counter()
+    begun = due + RAMP
     resident: list[int] = []
     while due < begun + seconds:
         due += rng.expovariate(5 * peak)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        asked.append(asyncio.create_task(ask(server.port, body(pieces[len(asked) % len(pieces)], 16))))
+        asked.append(asyncio.create_task(ask(server.port, body(pieces[len(asked) % len(pieces)], length(len(asked))))))
         if not resident and due > begun + seconds / 3:
             resident.append(resident_bytes(server.process.pid))
     resident.append(resident_bytes(server.process.pid))
     done = await asyncio.gather(*asked)
     refused = [(e.first - e.sent) * 1e3 for e in done if e.status == 429]
-    answered = sum(e.status == 200 and e.ended < begun + seconds for e in done)
+    answered = sum(e.status == 200 and begun < e.ended < begun + seconds for e in done)
     return {
         "peak_per_s": peak,
-        "offered_per_s": len(done) / seconds,
+        "offered_per_s": len(done) / (RAMP + seconds),
         "goodput_per_s": answered / seconds,
         "goodput_over_peak": answered / seconds / peak,
         "statuses": {str(status): count for status, count in Counter(e.status for e in done).items()},

@@ -220,6 +220,9 @@ def run(
     """Runs the experiment, prints its tables, writes `json`. Returns what it wrote. Raises NotReady, SettingsError."""
     console = Console()
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as place, contextlib.ExitStack() as stack:
+        # so that no server outlives the run
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(place) / "model"
         convert(model, folder, dtype="bfloat16")
         peers = [ours(OURS, folder)]

@@ -13,17 +13,17 @@ on them. A hybrid that costs no more than its parts has `hybrid + dense` at most
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from server.bench.arms import start
 from server.bench.memory import PROMPT_TOKENS, WARM_TURNS, alternate, arm
 from server.bench.paired import machine, ratio, write_json
 from server.bench.text import prompts
@@ -35,9 +35,6 @@ from server.models.config import ModelConfig
 from server.models.source import open_source
 from server.runtime.engine import Engine
 from server.runtime.load import load
-from server.runtime.messages import SamplingParams, Submit
-from server.runtime.sampler import Sampled, sample
-from server.runtime.sequence import Sequence
 from server.settings import DEFAULT_MODEL, Settings
 
 SEQUENCES = (1, 8)
@@ -66,30 +63,6 @@ def repeated(block: Floats, rows: int) -> Iterator[Floats]:
     yield from islice(cycle([block]), whole)
     if rest:
         yield block[:rest]
-
-
-def forced(texts: dict[str, Text]) -> Callable[..., list[Sampled]]:
-    """A sampler that works as ever and then answers with the text's next token."""
-
-    def sampled(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        found = sample(logits, sequences)
-        return [replace(f, token_id=texts[s.request_id][s.length]) for s, f in zip(sequences, found, strict=True)]
-
-    return sampled
-
-
-def start(engine: Engine, pieces: list[Text]) -> None:
-    """All pieces decoding from their prompts on, each seeing every pack of the engine."""
-    for sequence in engine.scheduler.sequences():
-        engine.abort(sequence.request_id)
-    engine.pool.forget()
-    texts = {str(index): piece for index, piece in enumerate(pieces)}
-    engine.runner.sample = forced(texts)
-    for name, piece in texts.items():
-        params = SamplingParams(max_tokens=len(piece) - PROMPT_TOKENS, temperature=0, ignore_eos=True)
-        engine.submit(Submit(name, piece[:PROMPT_TOKENS], params, tuple(engine.packs)))
-    while engine.scheduler.waiting or any(s.pending > 1 for s in engine.scheduler.running):
-        engine.step()
 
 
 def arms_over(model: str, stem: Path, engram: Path, longest: int) -> dict[str, Engine]:

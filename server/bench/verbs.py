@@ -70,7 +70,7 @@ KeepPack = Annotated[bool, typer.Option("--keep", help="keep what was built for 
 @bench.command()
 def cold(
     model: ModelOption = DEFAULT_MODEL,
-    rounds: Annotated[int, typer.Option(min=1, help="measurements of each arm")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each arm, at most")] = 5,
     dir: BenchFolder = None,
     keep: KeepPack = False,
     json: JsonFile = None,

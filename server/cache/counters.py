@@ -29,8 +29,8 @@ class OrderCounters(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class LayerCounters:
     """Running totals of one (table, layer): rows looked up (distinct ones, where each is read once), bytes read from
-    the table, seconds fetching, seconds waited; rows found in the device cache, let in and put out; now: rows its pool
-    has room for, and the bytes of it that hold rows of this table.
+    the table, seconds fetching, seconds waited; rows found in the device cache, let in and put out; bytes sent to a
+    device; now: rows its pool has room for, and the bytes of it that hold rows of this table.
 
     A fetch counts once it has been waited for. `orders` is empty for lookups that do not name theirs.
     """
@@ -47,3 +47,4 @@ class LayerCounters:
     capacity: int = 0
     cache_bytes: int = 0
     orders: tuple[OrderCounters, ...] = ()
+    device_bytes: int = 0

@@ -29,6 +29,7 @@ from server.cache.row_reader import RowReader
 from server.cache.staging import HALVES, Staging, step_bytes
 from server.cache.tally import Tally
 from server.errors import CapacityError, NotReady, StepFailed
+from server.metrics import MEMORY_FETCH
 
 __all__ = ["Fetch", "LayerCounters", "Lookup", "Prefetcher", "UniqueRows"]
 
@@ -54,12 +55,14 @@ class Prefetcher:
         staging_bytes: int,
         prefetch: bool = True,
         hot: HotRows | None = None,
+        fetch_bounds: tuple[float, ...] = MEMORY_FETCH.buckets,
     ) -> None:
         self.staging, self.hot = Staging(staging_bytes, dtype, device), hot
         self._reader = RowReader(self.staging, hot)
         self._step = 0
         self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
+        self._fetch_bounds = fetch_bounds
         self._tallies: dict[tuple[str, int], Tally] = {}
         self._lock = threading.Lock()  # closing against queueing
         self._closed = False
@@ -140,6 +143,10 @@ class Prefetcher:
         with self._lock:
             if not self._closed:
                 self._queue.put(job)
+
+    def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
+        return {key: tuple(tally.durations) for key, tally in list(self._tallies.items())}
 
     def close(self) -> None:
         """Ends the worker; fetches not yet served fail with NotReady. May be called twice, and from any thread."""
@@ -232,5 +239,5 @@ class Prefetcher:
         key = lookup.table.name, lookup.layer
         tally = self._tallies.get(key)
         if tally is None:
-            tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders)
+            tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders, self._fetch_bounds)
         return tally

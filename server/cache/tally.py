@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from server.cache.counters import LayerCounters, OrderCounters
 from server.cache.hot_rows import HotRows, Occupancy
 from server.cache.lookup import Fetch
+from server.metrics import MEMORY_FETCH
 
 LOOKED_UP, HITS, READ, SHARED = range(4)
 NOTHING = Occupancy(0, 0)
@@ -13,17 +16,32 @@ NOTHING = Occupancy(0, 0)
 class Tally:
     """The sums of one (table, layer)."""
 
-    __slots__ = ("by_order", "fetch_s", "hits", "layer", "orders", "read", "row_bytes", "stall_s", "table")
+    __slots__ = (
+        "bounds", "by_order", "durations", "fetch_s", "hits", "layer", "orders", "read", "row_bytes", "sent", "stall_s",
+        "table",
+    )  # fmt: skip
 
-    def __init__(self, table: str, layer: int, row_bytes: int, orders: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        table: str,
+        layer: int,
+        row_bytes: int,
+        orders: tuple[int, ...],
+        bounds: tuple[float, ...] = MEMORY_FETCH.buckets,
+    ) -> None:
         self.table, self.layer, self.row_bytes, self.orders = table, layer, row_bytes, orders
-        self.read = self.hits = 0
+        self.bounds, self.durations = bounds, [0] * (len(bounds) + 1)
+        self.read = self.hits = self.sent = 0
         self.fetch_s = self.stall_s = 0.0
         self.by_order = [[0, 0, 0, 0] for _ in orders]
 
     def add(self, fetch: Fetch, stall: float) -> None:
         self.read += fetch.rows_read
-        self.fetch_s += fetch.done_at - fetch.issued
+        seconds = fetch.done_at - fetch.issued
+        self.fetch_s += seconds
+        self.durations[bisect_left(self.bounds, seconds)] += 1
+        if fetch.copied is not None and fetch.rows is not None:
+            self.sent += fetch.rows_read * fetch.rows.shape[1] * fetch.rows.element_size()
         self.stall_s += stall
         tokens, columns = fetch.lookup.row_ids.shape
         if fetch.inverse is not None and columns > 1:
@@ -62,4 +80,5 @@ class Tally:
             held.capacity,
             held.nbytes,
             orders,
+            self.sent,
         )

@@ -105,6 +105,10 @@ def measure_recall(
         "off": share(answer.right for answer in off),
         "on_and_ended": share(answer.right and answer.ended for answer in on),
         "facts": len(facts),
+        "side_by_side": [
+            {"prompt": with_memory.fact.prompt, "on": with_memory.said, "off": without.said}
+            for with_memory, without in list(zip(on, off, strict=True))[:SHOWN]
+        ],
     }
     table = Table("prompt", "with the memory", "without", title="side by side")
     for with_memory, without in list(zip(on, off, strict=True))[:SHOWN]:

@@ -10,6 +10,7 @@ state as it was before any of them. Knows views and addresses; nothing of where 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -145,6 +146,7 @@ class Memories:
         self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
+        self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
     def add(self, pack: AttachedPack | StemPack) -> None:
@@ -244,7 +246,7 @@ class Memories:
         """Hashes a waiting prompt and asks the OS for the pages its rows stand on. Returns at once."""
         for pack in self.packs:
             if pack.id in view.packs:
-                self._pager.submit(ask_for_pages, pack, windows, blocked)
+                self._pager.submit(ask_for_pages, pack, windows, blocked, self._paged)
 
     def counters(self) -> tuple[LayerCounters, ...]:
         """What was read so far, per table: by fetches, and from tables on the device."""
@@ -255,6 +257,15 @@ class Memories:
             if isinstance(table, DeviceTable)
         ]
         return (*self.prefetcher.counters(), *on_device)
+
+    def placements(self) -> dict[tuple[str, int], str]:
+        """(table, layer) → device, pinned or mapped."""
+        tables = [(layer, table) for pack in self.packs for layer, table in pack.tables.items()]
+        return {(table.name, layer): getattr(table, "placement", "mapped") for layer, table in tables}
+
+    def page_ins(self) -> dict[tuple[str, int], int]:
+        """(table, layer) → pages asked for ahead of a read, so far."""
+        return dict(self._paged)
 
     def resident(self) -> list[tuple[str, int, Resident]]:
         """(table, layer, what of it stands in memory) of every table."""
@@ -294,12 +305,15 @@ class Memories:
                 table.close()
 
 
-def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools) -> None:
-    """In the order they will be read: a piece of the prompt through all layers, then the next."""
+def ask_for_pages(pack: Attachment, windows: Ints, blocked: Bools, paged: Counter[tuple[str, int]]) -> None:
+    """In the order they will be read: a piece of the prompt through all layers, then the next. Counts the pages in
+    `paged`, by table and layer.
+    """
     for at in range(0, len(windows), PAGE_IN_TOKENS):
         part = slice(at, at + PAGE_IN_TOKENS)
         for layer, (row_ids, _) in pack.address(windows[part], blocked[part]).items():
-            pack.tables[layer].page_in(row_ids.reshape(-1))
+            table = pack.tables[layer]
+            paged[table.name, layer] += table.page_in(row_ids.reshape(-1))
 
 
 def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:

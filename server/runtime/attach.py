@@ -31,7 +31,7 @@ from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.runtime.engine import Engine
 from server.runtime.host import available_memory
-from server.runtime.load import Loaded, open_packs
+from server.runtime.load import Loaded, fetch_bounds, open_packs
 from server.runtime.messages import MemoryUpdated, UpdateMemory
 from server.runtime.names import served_models
 from server.settings import Settings
@@ -135,7 +135,8 @@ class MemoryChanges:
             self._allocate(pack)
             if memories is None:
                 staging, prefetch = self._settings.staging, self._settings.prefetch == "on"
-                memories = Memories((), Prefetcher(loaded.dtype, loaded.device, staging, prefetch))
+                bounds = fetch_bounds(self._settings)
+                memories = Memories((), Prefetcher(loaded.dtype, loaded.device, staging, prefetch, None, bounds))
         except Exception:
             for table in pack.tables.values():
                 table.close()

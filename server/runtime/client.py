@@ -14,6 +14,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -77,6 +78,11 @@ class EngineClient:
             raise message.error
         return cls(ours, worker, message)
 
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, None where it runs in a thread of this one."""
+        return getattr(self._worker, "pid", None)
+
     async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
         """Streams the tokens of all n children, interleaved, until each has finished.
 
@@ -90,7 +96,7 @@ class EngineClient:
         self._streams[submit.request_id] = stream
         finished: set[int] = set()
         try:
-            self._outbox.put(submit)
+            self._outbox.put(replace(submit, sent=time.monotonic()))
             while len(finished) < submit.n:
                 output = await stream.get()
                 if output.finish_reason is not None:
@@ -162,8 +168,12 @@ class EngineClient:
             self._end()
 
     def _take(self, step: StepOutputs) -> None:
-        self.stats = step.stats
-        for output in step.outputs:
+        stats = step.stats
+        if not stats.counted:
+            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident, counted=True)
+        self.stats = stats
+        # First tokens first: whoever waits for one waits longest, and each output is a chunk to be written.
+        for output in sorted(step.outputs, key=_later):
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put_nowait(output)
@@ -210,6 +220,10 @@ def _how_it_ended(worker: Any) -> str:
         worker.join(1)
     code = getattr(worker, "exitcode", None)
     return ENDS.get(code, "") if code is not None else ""
+
+
+def _later(output: TokenOutput) -> bool:
+    return output.queued_s is None
 
 
 def _start_worker(settings: Settings, pipe: Connection) -> Any:

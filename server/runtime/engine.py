@@ -18,7 +18,7 @@ from server.memory.edits import Edited, Overlay
 from server.memory.memories import Memories
 from server.runtime.blocks import BlockPool
 from server.runtime.costs import Costs
-from server.runtime.grammar import Grammars, rest
+from server.runtime.grammar import Constraint, Grammars, grace, rest
 from server.runtime.messages import (
     EngineStats,
     FinishReason,
@@ -40,6 +40,7 @@ COUNTED = tuple(f.name for f in fields(LayerCounters))
 RESIDENT_SECONDS = 1.0
 # How long an engine with nothing to do but wait for grammars stays deaf to messages.
 REST_SECONDS = 0.005
+COUNT_SECONDS = 0.05
 
 
 class Engine:
@@ -71,6 +72,7 @@ class Engine:
         self.edits: dict[str, Overlay] = {}  # scope → what its next requests see; "": everyone's
         self.draining = False
         self.steps, self.step_s = 0, 0.0
+        self._counted_at = float("-inf")
         self._requests: dict[str, list[Sequence]] = {}
         self._resident_at, self._resident_last = float("-inf"), ()  # type: tuple[float, tuple[TableResidency, ...]]
 
@@ -100,11 +102,13 @@ class Engine:
             )
             for index in range(request.n)
         ]
+        for sequence in family:
+            sequence.sent = request.sent
         grammar = request.params.grammar
         if grammar is not None:
             assert self.grammars is not None
             for sequence in family:
-                sequence.constraint = self.grammars.constraint(grammar)
+                sequence.constraint = Constraint(self.grammars, grammar)
             self._constrained += family
         family[0].children = family[1:]
         self.runner.page_in(family[0])
@@ -138,13 +142,26 @@ class Engine:
         elapsed = time.perf_counter() - begun
         self.steps += 1
         self.step_s += elapsed
-        return StepOutputs(tuple(outputs), self.stats(), elapsed, sum(work.tokens for work in works))
+        return StepOutputs(tuple(outputs), self._step_stats(), elapsed, sum(work.tokens for work in works))
 
-    def stats(self) -> EngineStats:
+    def _step_stats(self) -> EngineStats:
+        """With the memories' counters now and then only, and when the last sequence has ended: of twenty tables they
+        take longer to send than a short step to compute.
+        """
+        now = time.monotonic()
+        if now - self._counted_at < COUNT_SECONDS and not self.idle:
+            return self.stats(memory=False)
+        self._counted_at = now
+        return self.stats()
+
+    def stats(self, *, memory: bool = True) -> EngineStats:
+        """`memory`: with the memories' counters and what is resident of their tables."""
         scheduler, memories = self.scheduler, self.runner.memories
+        deferred = sum(len(s.children) for s in scheduler.running)
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + sum(len(s.children) for s in scheduler.running),
+            waiting=len(scheduler.waiting) + deferred,
+            deferred=deferred,
             blocks_used=self.pool.used,
             blocks=self.pool.usable,
             steps_total=self.steps,
@@ -152,9 +169,10 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             prefix_queries_total=scheduler.prefix_queries,
             prefix_hits_total=scheduler.prefix_hits,
-            memory=memory_counters(memories) if memories else (),
+            memory=memory_counters(memories) if memory and memories else (),
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
-            resident=self._resident(),
+            resident=self._resident() if memory else (),
+            counted=memory,
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:
@@ -282,17 +300,32 @@ class Engine:
             cached_tokens=sequence.cached_tokens,
             gates=gates,
             cost=cost,
-            engine_s=now - sequence.received,
+            engine_s=now - (sequence.sent or sequence.arrival),
         )
 
     def _settle(self) -> list[TokenOutput]:
-        """Takes what was done for grammars beside the last step; ends the sequences whose grammar cannot go on."""
+        """Takes what was done for grammars beside the last step; ends sequences that are complete or cannot go on."""
+        grace(self._constrained)
         outputs = []
         for sequence in list(self._constrained):
-            error = sequence.constraint.settle() if sequence.constraint is not None else None
-            if error is not None:
-                self._end(sequence, "error")
-                outputs.append(TokenOutput(sequence.request_id, sequence.index, (), finish_reason="error", error=error))
+            constraint = sequence.constraint
+            assert constraint is not None
+            error = constraint.settle()
+            reason: FinishReason | None = "stop" if constraint.complete else "length" if sequence.at_limit else None
+            if error is not None or (reason is not None and constraint.pending is None):
+                reason = "error" if error is not None else reason
+                assert reason is not None
+                self._end(sequence, reason)
+                outputs.append(
+                    TokenOutput(
+                        sequence.request_id,
+                        sequence.index,
+                        (),
+                        finish_reason=reason,
+                        error=error,
+                        cost=sequence.cost if sequence.params.timings else None,
+                    )
+                )
         return outputs
 
     def _fail(self, works: list[Work], error: Exception) -> list[TokenOutput]:
@@ -330,8 +363,15 @@ class Engine:
 
 def memory_counters(memories: Memories) -> tuple[MemoryCounters, ...]:
     """What the cache counts, as the message that crosses the pipe."""
-    ages = memories.hot_list_ages()
+    durations, placements = memories.prefetcher.fetch_counts(), memories.placements()
+    paged, ages = memories.page_ins(), memories.hot_list_ages()
     return tuple(
-        MemoryCounters(**{name: getattr(counters, name) for name in COUNTED}, hot_list_age_s=ages.get(counters.table))
+        MemoryCounters(
+            **{name: getattr(counters, name) for name in COUNTED},
+            fetch_counts=durations.get((counters.table, counters.layer), ()),
+            placement=placements.get((counters.table, counters.layer), "mapped"),
+            page_ins=paged.get((counters.table, counters.layer), 0),
+            hot_list_age_s=ages.get(counters.table),
+        )
         for counters in memories.counters()
     )

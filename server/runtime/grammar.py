@@ -1,10 +1,12 @@
 """Grammars: which tokens may come next, so that an answer is what a schema, expression or grammar says.
 
-    submit ─► compile, beside the steps ─► Constraint per sequence ─► sampler: mask ─► token ─► accept ─► next mask
+    submit ─► compile ─► mask ─► sampler ─► token ─► accept, next mask ─► …
+              └─ threads ─┘                          └──── threads ────┘
 
-Compiling and dear masks happen on threads of their own; a sequence whose mask is not there yet is left out of the step,
-so that a slow grammar slows nobody else. Cheap masks (some 20 µs) are made in place, where a thread would cost more.
-What a grammar may cost at all is bounded in the library's own units (`limits`), and so by time.
+Nothing of it happens on the engine's thread. A step waits a moment for masks that were cheap before (20 µs are usual);
+a sequence whose mask is not there yet is left out of it, so that a slow grammar slows nobody else. Every sequence has a
+compilation of its own: copies of one share a lock, for which the library waits holding Python's. What a grammar may
+cost at all is bounded in the library's own units (`limits`), and so by time.
 
 A token means the bytes that the detokeniser shows for it. State follows from the tokens alone: forks begin anew,
 and a preempted sequence keeps it. Knows nothing of schedules, text fields or HTTP. The library, llguidance, has its
@@ -16,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,11 @@ COMPILE_SECONDS = 5.0
 DIRECTIVE = "%llguidance"
 NO_FORCING = DIRECTIVE + ' {"no_forcing": true}\n'
 SPECIAL = b"\xff"  # begins no text: llguidance's mark of tokens that are none
-KEPT = 64  # compiled grammars
+MASK_THREADS = 2  # one dear mask does not hold up the cheap ones behind it
 DEAR_SECONDS = 0.0005
-# How slowly a dear mask is forgotten: after one of 5 ms, 22 cheap ones are made on the thread.
+# How slowly a dear mask is forgotten: after one of 5 ms, steps do not wait for the next 22.
 FORGETTING = 0.9
+GRACE_SECONDS = 0.002
 MOST_ERROR = 300
 
 
@@ -53,10 +55,9 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, tuple(eos_ids)
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
-        self.masks = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self.compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+        self.masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="grammar-masks")
         self._vocabulary: LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, Future[tuple[LLMatcher, bytes]]] = OrderedDict()
 
     def prepare(self) -> None:
         """Reads the vocabulary, before there is anyone to wait: the library lets nobody else run meanwhile."""
@@ -65,17 +66,7 @@ class Grammars:
         ):  # a model without a usable tokenizer; grammars are refused with its error
             self._words()
 
-    def constraint(self, grammar: Grammar) -> Constraint:
-        """A sequence's own state. The grammar is compiled meanwhile, once for all who ask for the same."""
-        compiled = self._compiled.get(grammar)
-        if compiled is None or (compiled.done() and compiled.exception() is not None):
-            compiled = self._compiled[grammar] = self._compiler.submit(self._compile, grammar)
-            while len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return Constraint(self, grammar, compiled)
-
-    def _compile(self, grammar: Grammar) -> tuple[LLMatcher, bytes]:
+    def compile(self, grammar: Grammar) -> tuple[LLMatcher, bytes]:
         """The grammar in its first state, and that state's mask. Raises RequestError."""
         from llguidance import LLMatcher
 
@@ -129,65 +120,60 @@ class _Words:
 
 
 class Constraint:
-    """What one sequence may say next.
+    """What one sequence may say next; asked with `settle` before every step.
 
     `ready`: the next token's mask is there. `complete`: nothing can follow. `error`: the grammar could not go on.
-    Belongs to the engine's thread, which asks `settle` before it schedules.
     """
 
-    def __init__(self, grammars: Grammars, grammar: Grammar, compiled: Future[tuple[LLMatcher, bytes]]) -> None:
+    def __init__(self, grammars: Grammars, grammar: Grammar) -> None:
         self._grammars, self.grammar = grammars, grammar
-        self._compiled: Future[tuple[LLMatcher, bytes]] | None = compiled
-        self.pending: Future[Any] | None = compiled
         self._since = time.monotonic()
-        self._matcher: LLMatcher
+        self._matcher: LLMatcher | None = None  # of whichever thread works on `pending`
         self._mask = b""
         self._cost = 0.0
+        self._stopped = False
         self.ready = self.complete = False
         self.error: RequestError | None = None
+        self.pending: Future[None] | None = grammars.compiler.submit(self._begin)
+
+    @property
+    def cheap(self) -> bool:
+        """Whether its next mask is worth waiting for."""
+        return self.pending is not None and self._matcher is not None and self._cost < DEAR_SECONDS
 
     def settle(self) -> RequestError | None:
         """Takes what the threads have done; the error, if there is one."""
-        if self.error is not None or self.ready:
+        if self.pending is None or self.error is not None:
             return self.error
-        if self.pending is None or self.pending.done():
-            self._take()
-        elif self._compiled is not None and time.monotonic() - self._since > COMPILE_SECONDS:
+        if self.pending.done():
+            error = self.pending.exception()
+            if error is not None:  # the library's panics are no Exceptions
+                self.error = error if isinstance(error, RequestError) else refused(self.grammar, str(error))
+            self.pending, self.complete = None, self._stopped
+            self.ready = self.error is None and not self.complete
+        elif self._matcher is None and time.monotonic() - self._since > COMPILE_SECONDS:
             self.error = refused(self.grammar, f"it is not compiled after {COMPILE_SECONDS:.0f} s; make it simpler")
         return self.error
 
-    def _take(self) -> None:
-        try:
-            if self.pending is not None:
-                self.pending.result()
-        except BaseException as error:
-            self.error = error if isinstance(error, RequestError) else refused(self.grammar, str(error))
-            return
-        if self._compiled is not None:
-            matcher, self._mask = self._compiled.result()
-            self._matcher, self._compiled = matcher.deep_copy(), None
-        self.pending = None
-        if self._matcher.is_error():
-            self.error = refused(self.grammar, self._matcher.get_error())
-        self.ready = self.error is None
-
     def accept(self, token_id: int) -> None:
         """The sequence said this token."""
-        begun, self.ready = time.perf_counter(), False
-        try:
-            if not self._matcher.consume_token(token_id):
-                self.error = refused(self.grammar, self._matcher.get_error())
-            elif self._matcher.is_stopped():
-                self.complete = True
-            elif self._cost < DEAR_SECONDS:
-                self._advance(begun)
-            else:
-                self.pending = self._grammars.masks.submit(self._advance, begun)
-        except BaseException as error:  # a panic is no Exception, and no reason for others to suffer
-            self.error = refused(self.grammar, str(error))
+        self.ready = False
+        self.pending = self._grammars.masks.submit(self._advance, token_id)
 
-    def _advance(self, begun: float) -> None:
-        self._mask = self._matcher.compute_bitmask()
+    def _begin(self) -> None:
+        self._matcher, self._mask = self._grammars.compile(self.grammar)
+
+    def _advance(self, token_id: int) -> None:
+        begun, matcher = time.perf_counter(), self._matcher
+        assert matcher is not None
+        matcher.consume_token(token_id)
+        if not matcher.is_error() and not matcher.is_stopped():
+            self._mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            raise refused(self.grammar, matcher.get_error())
+        self._stopped = matcher.is_stopped()
+        if self._stopped and not matcher.is_accepting():
+            raise refused(self.grammar, "it leads to where nothing may follow")
         self._cost = max(time.perf_counter() - begun, FORGETTING * self._cost)
 
     def mask(self, *, ends: frozenset[int] = frozenset(), ignore_eos: bool = False) -> Bools:
@@ -212,6 +198,13 @@ def constrain_(logits: Tensor, sequences: list[Sequence]) -> None:
         ends = sequence.stop_ids if sequence.generated < params.min_tokens else frozenset()
         allowed = torch.from_numpy(sequence.constraint.mask(ends=ends, ignore_eos=params.ignore_eos))
         row.masked_fill_(~allowed.to(row.device), -torch.inf)
+
+
+def grace(sequences: Iterable[Sequence]) -> None:
+    """Waits a moment for the masks of these sequences that will probably be there at once."""
+    waited = [s.constraint.pending for s in sequences if s.constraint is not None and s.constraint.cheap]
+    if waited:
+        wait([future for future in waited if future is not None], timeout=GRACE_SECONDS)
 
 
 def rest(sequences: Iterable[Sequence], seconds: float) -> None:

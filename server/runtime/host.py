@@ -27,6 +27,12 @@ def cpu_quota() -> int:
     return max(cpus, 1)
 
 
+def memory_limit() -> int:
+    """Bytes this machine lends: MemTotal, cut to the cgroup's limit."""
+    limit, total = _cgroup_number("memory.max"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total if limit is None else min(limit, total)
+
+
 def available_memory() -> int:
     """Bytes that can still be taken: MemAvailable, cut to what the cgroup's limit leaves."""
     available = 1 << 62

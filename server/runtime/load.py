@@ -21,11 +21,12 @@ from server.memory.attached import AttachedPack, open_pack
 from server.memory.identity import content_key
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
+from server.metrics import MEMORY_FETCH, buckets_from
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
 from server.models.prepack import PackedLinear, can_prepack, prepack
-from server.models.quantize import FEW, QuantizedLinear, quantize
+from server.models.quantize import QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
 from server.runtime.capacity import CapacityPlan, KVPlan, plan
@@ -171,9 +172,14 @@ def load(settings: Settings) -> Loaded:
     if packs:
         place(packs, prepared.plan, device)
         hot = device_cache(settings, packs, device)
-        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot)
+        prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
         memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
     return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
+
+
+def fetch_bounds(settings: Settings) -> tuple[float, ...]:
+    """Seconds by which the prefetcher counts its fetches, for the metrics."""
+    return buckets_from(settings.metrics_buckets)[MEMORY_FETCH.name]
 
 
 def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, device: torch.device) -> None:
@@ -281,84 +287,3 @@ def weight_bytes(model: nn.Module) -> int:
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
     integers = sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
     return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed) + integers
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / (1 << 20):,.0f} MiB"
-
-
-def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
-    """The start-up report."""
-    kv = loaded.kv
-    tokens = (kv.blocks - 1) * settings.block_size
-    threads = f", {torch.get_num_threads()} threads" if loaded.device.type == "cpu" else ""
-    layout = " prepacked for oneDNN" if can_prepack(loaded.dtype, loaded.device) else ""
-    few = FEW.get(settings.quantize)
-    quantised = f"; {settings.quantize} for steps of up to {few} tokens" if few else ""
-    return [
-        ("model", f"{loaded.source.name} ({loaded.source.config.architecture}) from {loaded.source.path}"),
-        ("device", f"{loaded.device}{threads}"),
-        ("dtype", f"{str(loaded.dtype).removeprefix('torch.')}{layout}"),
-        ("weights", mebibytes(weight_bytes(loaded.model)) + quantised),
-        (
-            "KV cache",
-            f"{mebibytes(kv.blocks * kv.block_bytes)} in {kv.blocks:,} blocks of {settings.block_size} tokens "
-            f"= {tokens:,} tokens ({kv.reason})",
-        ),
-        ("context", f"{loaded.max_len:,} tokens, {settings.max_num_seqs} sequences at once"),
-        *describe_memory(loaded, settings),
-    ]
-
-
-def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
-    if loaded.memories is None:
-        return [("memory", "none; attach one with --memory PACK")]
-    lines = []
-    for pack in loaded.memories.packs:
-        rows = sum(table.rows for table in pack.tables.values())
-        size = sum(table.nbytes for table in pack.tables.values())
-        layers = ", ".join(map(str, pack.config.layer_ids))
-        kind = "STEM" if isinstance(pack, StemPack) else "Engram"
-        lines.append(
-            (
-                f"memory {pack.name}",
-                f"{kind} at layers {layers}: {rows:,} rows, {mebibytes(size)}; "
-                f"{pack.addresser.columns * len(pack.tables)} rows per token; prefetch {settings.prefetch}",
-            )
-        )
-    hot = loaded.memories.prefetcher.hot
-    if hot is not None:
-        pools = ", ".join(f"{pool.capacity:,} entries of {size:,} bytes" for size, pool in hot.pools.items())
-        lines.append(
-            ("device cache", f"{mebibytes(hot.nbytes)}: {pools}; {mebibytes(hot.host_bytes)} of tags in host memory")
-        )
-    lines += describe_places(loaded)
-    replaced = stem_layers(loaded.memories.packs)
-    if replaced:
-        config = loaded.source.config
-        size = (
-            len(replaced)
-            * config.intermediate_size
-            * (config.hidden_size + config.features.mlp_bias)
-            * loaded.dtype.itemsize
-        )
-        state = "not loaded" if loaded.model.without_up else "kept by --keep-up-projection"
-        lines.append(("up-projections", f"{mebibytes(size)} at {len(replaced)} layers {state}: STEM rows replace them"))
-    if loaded.token_budget < settings.max_num_batched_tokens:
-        lines.append(("token budget", f"{loaded.token_budget} per step, lowered so that rows fit --staging"))
-    return lines
-
-
-def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
-    """Where every table went, and why; for copies, how the memory is held."""
-    assert loaded.memories is not None
-    tables = {table.name: table for pack in loaded.memories.packs for table in pack.tables.values()}
-    lines = []
-    if loaded.plan.room.host_limit:
-        limit = f"at most {loaded.plan.room.host_limit:,} bytes, copies and resident pages (--host-memory-limit)"
-        lines.append(("tables in RAM", limit))
-    for found in loaded.plan.places:
-        table = tables[found.need.name]
-        note = f"; {table.note}" if isinstance(table, PinnedTable) else ""
-        lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}"))
-    return lines

@@ -69,8 +69,8 @@ class Submit:
     """One prompt. With n > 1 the engine computes the prompt once and forks; child i samples with seed + i.
 
     `packs` names the memories this request sees, () for the bare backbone; `salt` separates tenants' prefix caches;
-    `arrival` is time.monotonic() at the API's edge. `redirects`: (position, the tokens whose rows token-id tables read
-    there). `tenant`: whose edits it reads besides everyone's.
+    `arrival` is time.monotonic() at the API's edge, `sent` when the request left it for the engine. `redirects`:
+    (position, the tokens whose rows token-id tables read there). `tenant`: whose edits it reads besides everyone's.
     """
 
     request_id: str
@@ -82,6 +82,7 @@ class Submit:
     arrival: float = 0.0
     redirects: tuple[tuple[int, tuple[int, ...]], ...] = ()
     tenant: str = ""
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class TokenOutput:
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first None.
     `queued_s`, `prefill_s`: seconds from arrival to first schedule, and from there to the first token; on the first
     output only, as are `cached_tokens`, prompt tokens served from the prefix cache, and `engine_s`: seconds from the
-    engine's receiving the request to this output.
+    request's leaving for the engine to this output.
     `gates`: of the tokens computed since the last output; the newest token is computed only by the next step.
     """
 
@@ -199,9 +200,11 @@ class TokenOutput:
 @dataclass(frozen=True, slots=True)
 class MemoryCounters:
     """One (table, layer). Running totals: rows looked up, bytes read, seconds fetching, seconds a layer waited, rows
-    the device cache held, let in and put out. Now: rows its pool has room for, bytes it holds, the hot list's age.
+    the device cache held, let in and put out, bytes sent to the device, pages asked for ahead. Now: rows the cache's
+    pool has room for, bytes it holds, where the table is placed, the hot list's age.
 
-    `orders`: the rows by n-gram length and by where they were found.
+    `orders`: the rows by n-gram length and by where they were found. `fetch_counts`: fetches by duration, one count per
+    bound of the prefetcher and one beyond.
     """
 
     table: str
@@ -210,12 +213,16 @@ class MemoryCounters:
     bytes: int
     fetch_s: float
     stall_s: float
+    device_bytes: int = 0
+    page_ins: int = 0
     device_hits: int = 0
     admissions: int = 0
     evictions: int = 0
     capacity: int = 0
     cache_bytes: int = 0
+    placement: str = "mapped"  # or device, pinned
     hot_list_age_s: float | None = None
+    fetch_counts: tuple[int, ...] = ()
     orders: tuple[OrderCounters, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -237,10 +244,13 @@ class TableResidency:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges now, and totals since the start (`*_total`)."""
+    """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
+    another choice. `counted` False: `memory` and `resident` were left out, they are those of an earlier message.
+    """
 
     running: int = 0
     waiting: int = 0
+    deferred: int = 0
     blocks_used: int = 0
     blocks: int = 0
     steps_total: int = 0
@@ -251,6 +261,7 @@ class EngineStats:
     memory: tuple[MemoryCounters, ...] = ()
     table_fault: str | None = None
     resident: tuple[TableResidency, ...] = ()
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

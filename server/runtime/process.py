@@ -24,7 +24,7 @@ from server.runtime.attach import MemoryChanges
 from server.runtime.blocks import BlockPool
 from server.runtime.engine import Engine
 from server.runtime.grammar import Grammars
-from server.runtime.load import Loaded, describe, load
+from server.runtime.load import Loaded, load
 from server.runtime.messages import (
     Abort,
     Drain,
@@ -37,6 +37,7 @@ from server.runtime.messages import (
     UpdateMemory,
 )
 from server.runtime.names import served_models
+from server.runtime.report import describe
 from server.runtime.runner import Runner
 from server.settings import Settings
 

@@ -36,7 +36,7 @@ class Sequence:
     row: int = -1  # place in the runner's token table while running
     children: list[Sequence] = field(default_factory=list)  # wait for this one's prompt
     cached_tokens: int = 0
-    received: float = field(default_factory=time.monotonic)
+    sent: float = 0.0
     first_scheduled: float = 0.0
     first_token: float = 0.0
     preemptions: int = 0
@@ -94,15 +94,21 @@ class Sequence:
         """Whether it can take part in a step: a grammar's next mask may still be in the making."""
         return self.constraint is None or self.constraint.ready
 
+    @property
+    def at_limit(self) -> bool:
+        """Whether no further token has room in the answer or the context."""
+        return self.generated >= max(self.params.max_tokens, 1) or self.length >= self.max_len
+
     def append(self, token_id: int) -> None:
-        """Takes a sampled token and decides whether the sequence ends with it."""
+        """Takes a sampled token and decides whether the sequence ends with it.
+
+        One under a grammar, which may be complete with this token, ends before the next step (`Engine._settle`).
+        """
         self.tokens[self.length] = token_id
         self.length += 1
-        if self.constraint is not None:
-            self.constraint.accept(token_id)
         if token_id in self.stop_ids and self.generated >= self.params.min_tokens:
             self.finish_reason, self.stop_token_id = "stop", token_id
-        elif self.constraint is not None and self.constraint.complete:
-            self.finish_reason = "stop"
-        elif self.generated >= self.params.max_tokens or self.length >= self.max_len:
+        elif self.constraint is not None:
+            self.constraint.accept(token_id)
+        elif self.at_limit:
             self.finish_reason = "length"

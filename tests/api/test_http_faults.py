@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from server.commands.attach import attach
-from tests.live import Live, live_server
+from tests.live import Live, engine_of, live_server
 from tests.memory.conftest import randomise
 
 FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--kv-bytes", "16M", "--threads", "1")
@@ -98,10 +98,7 @@ def test_a_fault_of_the_mapping_ends_the_engine_with_its_cause(
 ) -> None:
     """A page that cannot be read is SIGBUS, here sent by hand: nothing is left to serve, and why is said."""
     with live_server(tmp_path / "log", "--model", str(tiny_llama_folder), "--memory", str(made), *FLAGS) as live:
-        pid = live.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (engine,) = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-        os.kill(engine, signal.SIGBUS)
+        os.kill(engine_of(live.process.pid), signal.SIGBUS)
         assert "a mapped table file was cut or its disk failed; --read pread" in ready_turns_503(live)
         assert ask(live)[0] == 503
     assert "SIGBUS" in live.log.read_text()

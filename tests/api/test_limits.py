@@ -183,6 +183,9 @@ def test_nonsense_behind_a_request_ends_that_request_quietly(tiny_llama_folder: 
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     for _ in range(20):
         assert slowly(server, head % len(body) + body + b"\x00nonsense\r\n\r\n", pause=0) == b""
+        server.raw(head % 5 + b"wrong")  # and says at once that it will send no more
+        server.raw((head % len(body) + body) * 2 + b"\x00nonsense\r\n\r\n")
+        server.raw(head % 99_999_999 + (head % len(body) + body) * 2)
     assert server.settled()
     assert server.stop() == 0
     assert "unexpected" not in (tmp_path / "log").read_text()

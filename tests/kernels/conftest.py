@@ -1,14 +1,11 @@
-"""Kernels run through Triton's interpreter: the variable must be set before Triton is first imported."""
+"""Kernels run through Triton's interpreter (`tests/conftest.py` asks for it)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 def missing() -> str | None:

@@ -11,9 +11,10 @@ import torch
 
 from server.errors import PackError, RequestError
 from server.runtime.engine import Engine
-from server.runtime.load import describe, load
+from server.runtime.load import load
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.process import ready_message
+from server.runtime.report import describe
 from tests.engines import engine_on, logits_of, outputs_of, settings_for, tokens_of
 from tests.memory.reference import ReferenceEngram, attached, reference_logits
 from tests.memory.stems import Redirects, save_stem, with_stem

@@ -9,7 +9,8 @@ import torch
 from server.errors import SettingsError
 from server.models.layers import Linear
 from server.models.quantize import FEW, GROUP, QuantizedLinear
-from server.runtime.load import describe, load
+from server.runtime.load import load
+from server.runtime.report import describe
 from tests.engines import drive, engine_on, logits_of, settings_for
 from tests.tiny import save_tiny_llama
 

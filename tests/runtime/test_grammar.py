@@ -219,9 +219,9 @@ def test_a_grammar_that_goes_astray_ends_its_own_request(engine: Engine, tokeniz
 
 def test_nobody_waits_for_a_grammar_that_compiles_or_thinks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler and masks that take 50 ms each: the plain sequence goes on meanwhile."""
-    compile_, advance = Grammars._compile, Constraint._advance
-    monkeypatch.setattr(Grammars, "_compile", lambda self, grammar: (time.sleep(0.05), compile_(self, grammar))[1])
-    monkeypatch.setattr(Constraint, "_advance", lambda self, begun: (time.sleep(0.05), advance(self, begun))[1])
+    compile_, advance = Grammars.compile, Constraint._advance
+    monkeypatch.setattr(Grammars, "compile", lambda self, grammar: (time.sleep(0.05), compile_(self, grammar))[1])
+    monkeypatch.setattr(Constraint, "_advance", lambda self, token: (time.sleep(0.05), advance(self, token))[1])
     slow = constrained(Grammar("regex", "[q-t]{6}", "structured_outputs.regex"))
     engine.submit(Submit("slow", PROMPT, slow))
     engine.submit(Submit("plain", PROMPT, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)))
@@ -238,7 +238,7 @@ def test_nobody_waits_for_a_grammar_that_compiles_or_thinks(engine: Engine, monk
 
 def test_a_compiler_that_never_ends_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.runtime.grammar.COMPILE_SECONDS", 0.05)
-    monkeypatch.setattr(Grammars, "_compile", lambda self, grammar: time.sleep(0.3))
+    monkeypatch.setattr(Grammars, "compile", lambda self, grammar: time.sleep(0.3))
     collected = outputs_of(engine, [Submit("s", PROMPT, constrained(Grammar("regex", "never", "field")))])
     assert "not compiled after" in str(collected["s", 0][0].error)
 

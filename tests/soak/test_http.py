@@ -136,7 +136,7 @@ async def crowd(live: Live, seen: Counter[str]) -> None:
 
     async def client(number: int) -> None:
         rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=live.url, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=live.url, timeout=600) as http:
             for _ in left:
                 path, body = request(rng)
                 patience = rng.randint(1, 20) if rng.random() < LEAVE else None

@@ -23,7 +23,8 @@ SHIPPED_BYTES = 24_000_000
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    settings = Settings(model=BUILTIN, memory=(str(shipped()),), threads=1, kv_bytes=128 << 20, prefix_cache="off")
+    small = {"threads": 1, "kv_bytes": 128 << 20, "max_model_len": 1024, "prefix_cache": "off"}
+    settings = Settings(model=BUILTIN, memory=(str(shipped()),), **small)
     return build_engine(settings, load(settings))
 
 
@@ -47,7 +48,7 @@ def test_a_sample_of_its_facts_comes_back_word_for_word(
     engine: Engine, smollm2: ModelSource, sample: list[recall.Fact]
 ) -> None:
     answers = recall.answers(engine, smollm2.tokenizer, sample, ("wordnet",))
-    # 60 % is the promise for all facts; this sample gave RIGHT of 40 when the pack was made
+    # the promise is 60 % of all facts; the pack gave 96.7 % of them when it was made
     assert sum(answer.right for answer in answers) >= 0.6 * SAMPLE
 
 

@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const EXAMPLES = { chat: "Say something", text: "A beginning for the model to go on with" };
+const EXAMPLES = { chat: "Say something", text: 'A text to go on with, such as "ragout:"' };
 const MOST_TURNS = 40;
 
 const state = {

@@ -24,7 +24,7 @@ def installed_version() -> str:
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["operations"])
-    exported = registry(service.metrics, service.client, service.name)
+    exported = registry(service.metrics, service.client, service.name, service.settings)
 
     @router.get("/health", responses={200: {"model": Status}, **ERRORS})
     async def health() -> Response:
@@ -46,7 +46,9 @@ def routes(service: Service) -> APIRouter:
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def scrape(request: Request) -> Response:
         """Prometheus text, or OpenMetrics for those who accept it."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        # prometheus_client's OpenMetrics writes vllm_… for vllm:…
+        accepted = "" if service.settings.vllm_metrics else request.headers.get("accept", "")
+        encode, content_type = choose_encoder(accepted)
         return Response(encode(exported), headers={"Content-Type": content_type})
 
     return router

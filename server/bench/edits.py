@@ -1,6 +1,6 @@
 """`bench edits`: whether facts are learnt, what they cost and disturb, and what other tenants' edits cost a step.
 
-facts    invented ones, taught one by one as the teaching process does, each alone; then completed by the engine
+facts    invented ones, taught one by one as the teaching process does but without its rests, each alone; then completed by the engine
 text     general text's perplexity, with each of the first facts alone and with all at once, over none
 steps    three engines take turns over the same text: nobody has edits; a hundred tenants have a hundred each and
          these requests see none; these requests see a hundred themselves
@@ -81,7 +81,7 @@ def teach(
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[Cell, EditedRows]]]:
     """Each fact alone, from the pack as it is."""
-    teacher, end = Teacher(settings), next(iter(tokenizer.eos_token_ids))
+    teacher, end = Teacher(settings, rest=0.0), next(iter(tokenizer.eos_token_ids))
     teacher.frozen()
     taught, right, wall, cores, count, rows = [], 0, [], [], [], []
     threads = torch.get_num_threads()

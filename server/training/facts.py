@@ -46,10 +46,10 @@ Rows = Mapping[int, tuple[Ints, Floats]]
 
 
 class Teacher:
-    """Backbone and packs, loaded when first asked for and kept."""
+    """Backbone and packs, loaded when first asked for and kept. `rest`: seconds after each second of a step."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._device = settings, torch.device("cpu")
+    def __init__(self, settings: Settings, rest: float = REST) -> None:
+        self._settings, self._device, self._rest = settings, torch.device("cpu"), rest
         self._source: ModelSource | None = None
         self._frozen: Frozen | None = None
         self._packs: dict[Path, tuple[Opened, SharedRows]] = {}
@@ -85,7 +85,7 @@ class Teacher:
         kept = neighbours(opened, example, earlier)
         memory = teachable(opened, self.frozen(), [example], kept)
         put(memory, seen)
-        edit = teach_text(self.frozen(), memory, [example, *kept], between=Rest())
+        edit = teach_text(self.frozen(), memory, [example, *kept], between=Rest(self._rest))
         touched = {layer: ids for layer, (ids, _) in edit.rows.items()}
         report = {
             "learnt": edit.learnt,
@@ -116,13 +116,13 @@ def neighbours(opened: Opened, example: Example, earlier: Sequence[Example]) -> 
 class Rest:
     """Called after every step: leaves the core to others for a while; ends the process if its server is gone."""
 
-    def __init__(self) -> None:
-        self._parent, self._at = os.getppid(), time.perf_counter()
+    def __init__(self, share: float) -> None:
+        self._share, self._parent, self._at = share, os.getppid(), time.perf_counter()
 
     def __call__(self) -> None:
         if os.getppid() != self._parent:
             raise SystemExit(0)
-        time.sleep(min(LONGEST_REST, REST * (time.perf_counter() - self._at)))
+        time.sleep(min(LONGEST_REST, self._share * (time.perf_counter() - self._at)))
         self._at = time.perf_counter()
 
 

@@ -40,6 +40,6 @@ class Counted:
             await self.app(scope, receive, counting_send)
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
-            fallback = scope["path"] if scope["path"] in self.paths else "other"
-            route = getattr(scope.get("route"), "path", fallback)
+            fallback: str = scope["path"] if scope["path"] in self.paths else "other"
+            route: str = getattr(scope.get("route"), "path", fallback)
             self.metrics.answered(method, route, status, time.monotonic() - begun)

@@ -1,11 +1,11 @@
 """The process beside a server that teaches facts: one job after another, on one thread, at low priority, in bites.
 
-    stdin    one JSON object a line: a job {"id", "pack", "ids", "learnt", "rows": …}, or {"id", "export", …}
+    stdin    one JSON object a line: a job {"id", "pack", "ids", "learnt", "rows", "earlier"}, or {"id", "export", …}
     stdout   one JSON object a line: {"id", "rows", "report"} or {"id", "error"}
 
 `python -m server.training.facts SETTINGS` holds the frozen backbone from its first job on and ends with its stdin. A
-job starts from the rows that its tenant sees, changes only rows that its n-grams address, and rests between steps as
-long as they take. Knows rows and texts; nothing of tenants, stores or engines.
+job starts from the rows that its tenant sees, changes only rows that its own n-grams address, keeps right the earlier
+facts that read some of these, and rests between steps. Knows rows and texts; nothing of tenants, stores or engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,13 +33,14 @@ from server.training.data import Example
 from server.training.edit import Edit, teach_text
 from server.training.export import export_pack
 from server.training.frozen import Frozen
-from server.training.memory import TaughtMemory
+from server.training.memory import TaughtMemory, addresses
 from server.training.shared_rows import SharedRows
 from server.training.start import Opened, open_to_teach, teachable
 
-NICENESS = 5  # a quarter of a core where the engine wants all of them: the job still ends within a minute
-REST = 0.5  # seconds of rest for each second of a step
-LONGEST_REST = 1.0
+NICENESS = 10  # a tenth of a core where the engine wants all of them
+# Seconds of rest for each second of a step: the engine's threads wait for one another, so that one disturbed is all.
+REST, LONGEST_REST = 4.0, 1.0
+NEIGHBOURS = 4  # earlier facts that are kept right while a new one changes rows that they read
 
 Rows = Mapping[int, tuple[Ints, Floats]]
 
@@ -71,15 +72,20 @@ class Teacher:
             self._packs[folder] = opened, SharedRows(opened, self.source)
         return self._packs[folder]
 
-    def teach(self, folder: Path, example: Example, seen: Rows) -> tuple[Edit, dict[str, Any]]:
-        """The rows to edit and the report. `seen`: edited rows that whoever asked reads already."""
+    def teach(
+        self, folder: Path, example: Example, seen: Rows, earlier: Sequence[Example] = ()
+    ) -> tuple[Edit, dict[str, Any]]:
+        """The rows to edit and the report. `seen`: edited rows that whoever asked reads already, `earlier`: the facts
+        that these came from.
+        """
         begun, cpu = time.perf_counter(), time.process_time()
         opened, shared = self.pack(folder)
         if opened.fresh:
             raise PackError(f"{folder.name} was never taught; a fact needs a memory that knows something")
-        memory = teachable(opened, self.frozen(), [example], [])
+        kept = neighbours(opened, example, earlier)
+        memory = teachable(opened, self.frozen(), [example], kept)
         put(memory, seen)
-        edit = teach_text(self.frozen(), memory, [example], between=Rest())
+        edit = teach_text(self.frozen(), memory, [example, *kept], between=Rest())
         touched = {layer: ids for layer, (ids, _) in edit.rows.items()}
         report = {
             "learnt": edit.learnt,
@@ -87,12 +93,24 @@ class Teacher:
             "loss_before": round(edit.loss_before, 6),
             "loss_after": round(edit.loss_after, 6),
             "steps": edit.steps,
+            "kept_right": len(kept),
             "seconds": round(time.perf_counter() - begun, 3),
             "core_seconds": round(time.process_time() - cpu, 3),
             "shared_with_facts": shared.with_facts(touched),
             "shared_with_hot": shared.with_hot(touched),
         }
         return edit, report
+
+
+def neighbours(opened: Opened, example: Example, earlier: Sequence[Example]) -> list[Example]:
+    """Of the earlier facts, those that share most rows with the new one."""
+    own = addresses(opened.addresser, example.ids)
+    shared = [
+        sum(int(np.isin(ids[1:], own[layer][1:]).sum()) for layer, ids in addresses(opened.addresser, each.ids).items())
+        for each in earlier
+    ]
+    most = sorted(range(len(earlier)), key=lambda index: -shared[index])[:NEIGHBOURS]
+    return [earlier[index] for index in most if shared[index]]
 
 
 class Rest:
@@ -142,7 +160,8 @@ def answer(teacher: Teacher, job: Mapping[str, Any]) -> dict[str, Any]:
         export_pack(folder, Path(job["export"]), teacher.pack(folder)[0], seen, job["about"])
         return {"id": job["id"]}
     example = Example(np.array(job["ids"], np.int64), job["learnt"])
-    edit, report = teacher.teach(folder, example, seen)
+    earlier = [Example(np.array(ids, np.int64), learnt) for ids, learnt in job["earlier"]]
+    edit, report = teacher.teach(folder, example, seen, earlier)
     rows = {layer: (ids, values.numpy()) for layer, (ids, values) in edit.rows.items()}
     return {"id": job["id"], "rows": encoded(rows), "report": report}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -193,8 +192,6 @@ def test_the_quota_holds_and_edits_outlive_the_server(flags: dict[str, Any], tmp
     assert again.stop() == 0
 
 
-def test_without_a_store_edits_are_refused(flags: dict[str, Any]) -> None:
-    server = LiveServer({**flags, "edits_db": ""})
-    assert fact(server, ONE).status == 409 and "--edits-db" in fact(server, ONE).json["error"]["message"]
-    assert server.stop() == 0
-    shutil.rmtree(flags["packs_dir"], ignore_errors=True)
+def test_without_a_store_edits_are_refused(live: LiveServer) -> None:
+    reply = fact(live, {})
+    assert reply.status == 409 and "--edits-db" in reply.json["error"]["message"]

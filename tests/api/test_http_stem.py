@@ -18,7 +18,7 @@ def server(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     tables = {layer: torch.randn(49152, 160, generator=torch.Generator().manual_seed(layer)) for layer in (1, 2)}
     pack = save_stem(tmp_path_factory.mktemp("packs") / "stem", tables, 64)
     flags = {"model": str(tiny_llama_folder), "dtype": "float32", "max_model_len": 256, "kv_bytes": 16 << 20}
-    live = LiveServer({**flags, "memory": [f"s={pack}"]})
+    live = LiveServer({**flags, "memory": [f"s={pack}"], "edits_db": str(pack.parent / "edits.db")})
     yield live
     assert live.stop() == 0
 
@@ -49,6 +49,26 @@ def test_a_redirect_changes_the_answer_and_lists_its_places(server: LiveServer) 
     assert ids[places[0]] == ids[places[1]]  # " Spain", both times
     assert reply["choices"][0]["logprobs"]["token_logprobs"] != plain["choices"][0]["logprobs"]["token_logprobs"]
     assert "memory" not in plain
+
+
+def test_a_kept_redirect_acts_unasked_until_it_is_removed(server: LiveServer) -> None:
+    plain = ask(server, None).json["choices"]
+    asked = ask(server, {"redirect": [{"from": "Spain", "to": "Germany"}]}).json["choices"]
+    kept = server.request("/v1/memory/redirects", {"from": "Spain", "to": "Germany"})
+    absent = server.request("/v1/memory/redirects", {"from": "Portugal", "to": "Germany"})
+    assert (kept.status, absent.status) == (201, 201) and kept.json["active"]
+    assert ask(server, None).json["choices"] == asked != plain
+    assert (
+        ask(server, {"redirect": [{"from": "Spain", "to": "Spain"}]}).json["choices"] == plain
+    )  # its own counts first
+    for edit in (kept, absent):
+        assert server.request(f"/v1/memory/edits/{edit.json['id']}", method="DELETE").status == 200
+    assert ask(server, None).json["choices"] == plain
+
+
+def test_facts_are_refused_where_no_memory_takes_them(server: LiveServer) -> None:
+    reply = server.request("/v1/memory/facts", {"prompt": "a", "completion": "b"})
+    assert reply.status == 409 and "Engram" in reply.json["error"]["message"]
 
 
 def test_a_redirect_to_itself_changes_nothing(server: LiveServer) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EVERYONE = ""
+EARLIER = 200  # facts that a new one may be told of
 IDLE_SECONDS = 120.0  # after which the teaching process gives its memory back
 
 
@@ -185,14 +186,13 @@ class LiveEdits:
         attached = self.folders.of_content(edit.pack)
         if attached is None:
             raise Conflict(f"memory {edit.memory!r} is no longer attached, or is another one now")
-        before, after = self._encode(edit.asked["prompt"], True), self._encode(edit.asked["completion"], False)
-        ids = [*before, *after, *([] if self._end is None else [self._end])]
         scopes = dict.fromkeys((EVERYONE, edit.tenant))
         seen = await self._do(lambda: composed([rows for scope in scopes for _, rows in store.edited(scope)]))
         rows = encoded(of_pack(seen, edit.pack))
-        answer = await self.teacher.ask(
-            {"id": edit.id, "pack": str(attached.folder), "ids": ids, "learnt": len(before), "rows": rows}
-        )
+        ids, learnt = self._example(edit)
+        earlier = await self._do(lambda: self._earlier(edit, list(scopes)))
+        job = {"id": edit.id, "pack": str(attached.folder), "ids": ids, "learnt": learnt, "rows": rows}
+        answer = await self.teacher.ask({**job, "earlier": earlier})
         report = answer["report"]
         if not report["learnt"]:
             message = f"not learnt within {report['steps']} steps; nothing was changed"
@@ -200,6 +200,16 @@ class LiveEdits:
             return
         if await self._do(lambda: store.finish(number, decoded(answer["rows"]), report)):
             await self._send(edit.tenant)
+
+    def _example(self, edit: StoredEdit) -> tuple[list[int], int]:
+        """A fact's token ids, and from where on they are learnt."""
+        before, after = self._encode(edit.asked["prompt"], True), self._encode(edit.asked["completion"], False)
+        return [*before, *after, *([] if self._end is None else [self._end])], len(before)
+
+    def _earlier(self, edit: StoredEdit, scopes: list[str]) -> list[tuple[list[int], int]]:
+        """The latest facts of this pack that the same requests read."""
+        known = [each for each in self.store.all(*scopes) if each.status == "done" and each.pack == edit.pack]
+        return [self._example(each) for each in known[-EARLIER:]]
 
 
 def redirect_of(asked: Mapping[str, Any]) -> Redirect:

@@ -64,7 +64,8 @@ def create_app(settings: Settings, client: EngineClient, source: ModelSource, ke
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(Edge, log_prompts=settings.log_prompts)
-    app.add_middleware(Counted, metrics=service.metrics)  # outermost: counts what every other answers
+    plain = frozenset(path for path in app.openapi()["paths"] if "{" not in path)
+    app.add_middleware(Counted, metrics=service.metrics, paths=plain)  # outermost: counts what every other answers
     return app
 
 

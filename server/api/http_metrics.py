@@ -1,7 +1,8 @@
 """Counts every HTTP request by method, route and status, and times it, around all other layers. Plain ASGI.
 
-A route's template stands for its paths, so that ids in paths do not make series without end. Probes and scrapes are
-not counted: they would drown what people ask for.
+A route's template stands for its paths, so that ids in paths do not make series without end; what is refused before it
+reaches a route counts under its path if that is one of the application's own. Probes and scrapes are not counted: they
+would drown what people ask for.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ CLIENT_LEFT = 499
 
 
 class Counted:
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
-        self.app, self.metrics = app, metrics
+    """`paths`: the application's paths without parameters."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, paths: frozenset[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNCOUNTED:
@@ -37,5 +40,6 @@ class Counted:
             await self.app(scope, receive, counting_send)
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
-            route = getattr(scope.get("route"), "path", "other")
+            fallback: str = scope["path"] if scope["path"] in self.paths else "other"
+            route: str = getattr(scope.get("route"), "path", fallback)
             self.metrics.answered(method, route, status, time.monotonic() - begun)

@@ -1,6 +1,7 @@
 """`bench edits`: whether facts are learnt, what they cost and disturb, and what other tenants' edits cost a step.
 
-facts    invented ones, taught one by one as the teaching process does but without its rests, each alone; then completed by the engine
+facts    invented ones, taught each alone as the teaching process does, but without its rests; then completed by the
+         engine
 text     general text's perplexity, with each of the first facts alone and with all at once, over none
 steps    three engines take turns over the same text: nobody has edits; a hundred tenants have a hundred each and
          these requests see none; these requests see a hundred themselves

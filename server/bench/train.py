@@ -42,7 +42,7 @@ from server.training.memory import joined
 from server.training.run import FACTS
 from server.training.start import build_trainer, open_to_teach
 
-EXAMPLES, BATCH_TOKENS = 256, 512
+EXAMPLES, BATCH_TOKENS = 128, 256
 WARM_TURNS = 2
 
 

@@ -56,6 +56,7 @@ class LiveEdits:
         self._redirects: dict[str, list[Redirect]] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._sending = asyncio.Lock()
+        self._finishing: dict[str, asyncio.Event] = {}  # edits that are kept as done and on their way to the engine
         self._worker: asyncio.Task[None] | None = None
         self.teacher = TeachingProcess(settings)
 
@@ -110,7 +111,12 @@ class LiveEdits:
         await self._send(edit.tenant)
 
     async def get(self, edit: str) -> StoredEdit | None:
-        return await self._do(lambda: self.store.get(edit))
+        """As it is kept. One that is done is with the engine too: requests sent after this returns read it."""
+        found = await self._do(lambda: self.store.get(edit))
+        sent = self._finishing.get(edit)
+        if sent is not None and found is not None and found.status == "done":
+            await sent.wait()
+        return found
 
     async def all(self, *tenants: str) -> list[StoredEdit]:
         return await self._do(lambda: self.store.all(*tenants))
@@ -198,8 +204,13 @@ class LiveEdits:
             message = f"not learnt within {report['steps']} steps; nothing was changed"
             await self._do(lambda: store.fail(number, {**report, "error": message}))
             return
-        if await self._do(lambda: store.finish(number, decoded(answer["rows"]), report)):
-            await self._send(edit.tenant)
+        sent = self._finishing[number] = asyncio.Event()
+        try:
+            if await self._do(lambda: store.finish(number, decoded(answer["rows"]), report)):
+                await self._send(edit.tenant)
+        finally:
+            del self._finishing[number]
+            sent.set()
 
     def _example(self, edit: StoredEdit) -> tuple[list[int], int]:
         """A fact's token ids, and from where on they are learnt."""

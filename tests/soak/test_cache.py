@@ -55,7 +55,8 @@ def test_many_passes_leave_no_memory_handle_or_thread_behind(soak_seconds: float
     before, objects, bytes_before = held(), len(gc.get_objects()), resident()
     done = steps(PASSES)
     gc.collect()
-    assert done > 10_000  # all 200,000 where SOAK_SECONDS allows, as make soak's default does
+    least = PASSES if soak_seconds >= 900 else 10_000  # 900: make soak's own; a shorter slice does what it can
+    assert done >= least, f"only {done} passes in {soak_seconds:.0f} s"
     assert held() == before
     assert len(gc.get_objects()) - objects < 1000  # one lost object per pass would be ten times that
     assert resident() - bytes_before < 8 * MIB

@@ -102,8 +102,10 @@ def test_hostile_requests_break_nothing(soak_seconds: float, tiny_llama_folder: 
         grown = live.resident_bytes() - resident
         print(dict(total), f"grown by {grown / (1 << 20):.1f} MiB, files {files} then {open_files(live)}")
         assert grown < GROWTH
-        # Some open late and once, or linger a moment; a leak would be thousands.
-        assert open_files(live) <= files + 8
+        patience = time.monotonic() + 20  # closing connections linger a moment
+        while open_files(live) > files and time.monotonic() < patience:
+            time.sleep(0.2)
+        assert open_files(live) <= files
     assert (tmp_path / "log").read_text().count("unexpected") == 0, (tmp_path / "log").read_text()[-3000:]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -48,6 +49,17 @@ class Live:
         """Resident set of the server's processes together."""
         pids = [self.process.pid, *_children(self.process.pid)]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
+
+    def open_files(self, wanted: int = 0, seconds: float = 20) -> int:
+        """Files the API process has open: the fewest seen until they are `wanted` or fewer, or `seconds` are over.
+
+        A connection that its client has just left stays open for a moment.
+        """
+        deadline, fewest = time.monotonic() + seconds, sys.maxsize
+        while fewest > wanted and time.monotonic() < deadline:
+            fewest = min(fewest, len(os.listdir(f"/proc/{self.process.pid}/fd")))
+            time.sleep(0.1)
+        return fewest
 
 
 def engine_of(pid: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import Live, live_server
+from tests.live import live_server
 from tests.soak.hostile import Hostile, post
 from tests.soak.test_http import GROWTH, at_rest
 
@@ -86,26 +86,19 @@ async def attack(port: int, seed: int, count: int, until: float) -> Counter[str]
     return seen
 
 
-def open_files(live: Live) -> int:
-    return len(os.listdir(f"/proc/{live.process.pid}/fd"))
-
-
 @pytest.mark.timeout(1500)
 def test_hostile_requests_break_nothing(soak_seconds: float, tiny_llama_folder: Path, tmp_path: Path) -> None:
     with live_server(tmp_path / "log", "--model", str(tiny_llama_folder), *FLAGS) as live:
         until = time.monotonic() + soak_seconds
         total = asyncio.run(attack(live.port, 0, WARM, until))  # buffers reach their size
-        resident, files = live.resident_bytes(), open_files(live)
+        resident, files = live.resident_bytes(), live.open_files(seconds=2)
         total += asyncio.run(attack(live.port, 1, REQUESTS - WARM, until))
         assert at_rest(live) == {}
         assert live.process.poll() is None
-        grown = live.resident_bytes() - resident
-        print(dict(total), f"grown by {grown / (1 << 20):.1f} MiB, files {files} then {open_files(live)}")
+        grown, left_open = live.resident_bytes() - resident, live.open_files(files)
+        print(dict(total), f"grown by {grown / (1 << 20):.1f} MiB, files {files} then {left_open}")
         assert grown < GROWTH
-        patience = time.monotonic() + 20  # closing connections linger a moment
-        while open_files(live) > files and time.monotonic() < patience:
-            time.sleep(0.2)
-        assert open_files(live) <= files
+        assert left_open <= files
     assert (tmp_path / "log").read_text().count("unexpected") == 0, (tmp_path / "log").read_text()[-3000:]
 
 

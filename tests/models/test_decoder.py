@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from server.models.prepack import can_prepack
 from server.models.source import open_source
 from server.runtime.load import build_model
 from tests.engines import drive, engine_on, greedy_reference, logits_of
@@ -73,6 +74,9 @@ def test_smollm2_greedy_tokens_match_transformers(
         assert answer == greedy_reference(smollm2_reference, prompt, answer)
 
 
+@pytest.mark.skipif(
+    not can_prepack(torch.bfloat16, torch.device("cpu")), reason="this processor has no bf16 kernels to prepack for"
+)
 def test_weights_are_held_once() -> None:
     source = open_source("builtin:smollm2-135m")
     model = build_model(source, torch.bfloat16, torch.device("cpu"), 512)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from kernels import language
 from server.batch import Ints
 from server.memory.addressing import NGramAddresser, from_config, windows_of
-from server.memory.attached import AttachedPack
 from server.memory.device_address import DeviceAddresses
 from server.memory.device_memory import DeviceMemory
 from server.memory.edits import EditedRows, Overlay
@@ -82,7 +81,7 @@ def paired(made: Callable[[], Memories], ids: Sequence[Ints], views: Callable[[M
     return sides
 
 
-def compare(sides: Any, device: DeviceMemory, steps: int, exact: bool = False) -> None:
+def compare(sides: Any, device: DeviceMemory, steps: int) -> None:
     """Steps through all sequences; rows must be equal, and what is added as close as sums in another order are."""
     (host, host_side), (_, device_side) = sides
     generator = torch.Generator().manual_seed(7)
@@ -106,8 +105,6 @@ def compare(sides: Any, device: DeviceMemory, steps: int, exact: bool = False) -
                     assert torch.equal(mine.rows[:count][at], reading.rows())
                 wanted = expected.add(layer, hidden[:count].clone())
                 got = found.add(layer, hidden)
-                if exact:
-                    assert torch.equal(got[:count], wanted)
                 torch.testing.assert_close(got[:count], wanted, atol=TOLERANCE, rtol=1e-5)
                 nobody = torch.stack([reading.unseen for reading in found.readings[layer]]).all(0)
                 assert torch.equal(got[nobody], before[nobody])
@@ -127,7 +124,7 @@ RULES = {
     "paper": DEMO,
     "deepseek": {
         "engram_layer_ids": [1, 14], "engram_max_ngram_size": 4, "engram_n_heads": 2, "engram_vocab_size": 500,
-        "engram_num_embeddings": [3048, 3084], "engram_compressed_vocab_size": 200, "engram_pad_token_id": 2,
+        "engram_num_embeddings": [3144, 3424], "engram_compressed_vocab_size": 200, "engram_pad_token_id": 2,
     },
     "qwen": {**QWEN, "vocab_size": 60, "eos_token_id": 7, "ple_layer_ids": [2, 5]},
     "engram-peft": PEFT,
@@ -164,8 +161,11 @@ def test_addresses_are_the_addressers_for_any_tokens(family: str, data: st.DataO
 # ── rows, and what is added ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("placement", ["device", "pinned"])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "float8_e4m3", "float8_e4m3_e8m0"])
+@pytest.mark.parametrize(
+    ("placement", "kind"),
+    [("pinned", kind) for kind in ("float32", "bfloat16", "int8", "float8_e4m3", "float8_e4m3_e8m0")]
+    + [("device", "int8")],
+)
 def test_every_token_reads_the_rows_and_the_convolution_of_the_hosts_path(
     tiny_llama_folder: Path, make_pack: Callable[..., Path], placement: str, kind: str
 ) -> None:
@@ -215,10 +215,11 @@ def test_an_adapter_of_engram_peft_is_served() -> None:
     stored = Path(__file__).parent.parent / "data" / "engram-peft"
     flags = {"max_model_len": 64, "placement": ("pinned",)}
     made = [engine_on(str(stored / "model"), memory=(f"a={stored / 'adapter'}",), **flags) for _ in range(2)]
-    device = DeviceMemory(made[1].runner.memories, 4)
+    device = DeviceMemory(made[1].runner.memories, 5)
     vocab = made[0].runner.model.config.vocab_size
     ids, hidden = texts(3, 9, seed=3, vocab=vocab), made[0].runner.model.config.hidden_size
-    sides = [(m.runner.memories, Decoding(m.runner.memories, ids, [view_of(m.runner.memories, 0)] * 3)) for m in made]
+    opened = [engine.runner.memories for engine in made]
+    sides = [(memories, Decoding(memories, ids, [view_of(memories, 0)] * 3)) for memories in opened]
     for memories, decoding in sides:
         memories.packs[0].allocate_conv(decoding.slots, torch.device("cpu"))
     for step in range(9):

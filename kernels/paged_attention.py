@@ -38,7 +38,8 @@ def decode(
 ) -> Tensor:
     """One query a sequence: query[B, Hq, D], block_table[B, P], context_len[B], itself included → [B, Hq, D].
 
-    `scale` of query · key; 0: 1 / sqrt(D). The number of splits follows from P alone, so that a graph captured for P pages holds for every length within it.
+    `scale` of query · key; 0: 1 / sqrt(D). The number of splits follows from P alone, so that a graph captured for P
+    pages holds for every length within it.
     """
     sequences, heads, width = query.shape
     out = query.new_empty(query.shape)

@@ -60,7 +60,7 @@ class HostBuffer:
         self.integers: Ints = fields.integers.numpy()
         self.temperature: npt.NDArray[np.float32] = fields.temperature.numpy()
         self.sees: Bools = fields.sees.numpy()
-        self.copied = torch.cuda.Event() if pinned else None
+        self.copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
 
 class StepInputs:

@@ -31,7 +31,6 @@ from server.models.decoder import Decoder, MemoryStep
 from server.runtime.decode_inputs import StepInputs
 from server.view import MemoryView
 
-
 WARM_UPS = 2  # before a capture: the first compiles, the second finds what the first left behind
 
 
@@ -87,7 +86,7 @@ class Turn:
 
     def __init__(self, most: int, pinned: bool) -> None:
         self.host = torch.zeros(most, dtype=torch.int64, pin_memory=pinned)
-        self.done = torch.cuda.Event() if pinned else None
+        self.done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.launched: Launched | None = None
 
     def finish(self) -> None:
@@ -160,7 +159,8 @@ class DecodeSteps:
     @torch.inference_mode()
     def _capture(self, bucket: int) -> None:
         """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream."""
-        batch, stream = self._batches[bucket], torch.cuda.Stream(self.device)
+        batch = self._batches[bucket]
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

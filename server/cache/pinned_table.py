@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from server.cache.device_table import copy_rows
 from server.cache.gather import take_rows
@@ -56,6 +58,11 @@ class PinnedTable:
         self.note = f"{kind}, copied; not registered: there is no GPU"
         if register is not None:
             self.note = f"{kind}, copied; {self._register_all(register, flat)}"
+
+    @property
+    def raw(self) -> Tensor:
+        """uint8[rows, R], the rows themselves: for a GPU to read, once they are registered."""
+        return torch.from_numpy(self._view)
 
     @property
     def registered(self) -> bool:

@@ -36,8 +36,13 @@ INTERLEAVED = (".q_proj.", ".k_proj.", ".q_norm.", ".k_norm.")  # of what is rot
 class MemoryStep(Protocol):
     """One step's memory: the rows on their way, and the layers that will read them."""
 
-    layers: frozenset[int]
-    up_layers: frozenset[int]
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers to which something is added."""
+
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection is replaced."""
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""

@@ -44,6 +44,10 @@ class DeviceMemoryStep(MemoryStep, Protocol):
 class DeviceMemory(Protocol):
     """The packs whose rows are looked up within a decode step. K packs, in the order of attachment."""
 
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection it replaces."""
+
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
         """Whether a decode step of these views, at positions[B], can be done wholly on the device."""
 

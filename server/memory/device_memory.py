@@ -133,6 +133,11 @@ class DeviceMemory:
         cuda = self.device.type == "cuda"
         self._side = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
 
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection it replaces."""
+        return frozenset(layer for _, pack, layer in self.rows.in_layer_order() if isinstance(pack, StemPack))
+
     # ── on the host ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:

@@ -87,6 +87,7 @@ class MemoryChanges:
             read = {pack for s in self._engine.scheduler.sequences() for pack in s.view.packs}
             for pack in [pack for pack in self._leaving if pack.id not in read]:
                 self._leaving.remove(pack)
+                self._engine.runner.wait()  # for a step whose last sequence that reads the pack was aborted
                 self._memories.remove(pack)
                 logger.info("memory %s is closed", pack.name)
         return answers
@@ -149,7 +150,7 @@ class MemoryChanges:
 
     def _allocate(self, pack: AttachedPack) -> None:
         """The pack's convolution inputs, one per token slot of the KV cache, which stands as it is."""
-        slots = self._loaded.kv.blocks * self._settings.block_size
+        slots = self._loaded.slots
         needed, device = slots * pack.conv_bytes_per_token, self._loaded.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         if needed > free:

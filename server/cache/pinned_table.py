@@ -38,12 +38,18 @@ Unregister = Callable[[int], None]
 class Rows(Protocol):
     """What a table is made of: as RowTable's attributes, whether its rows lie in a file or are yet to be made up."""
 
-    name: str
-    rows: int
-    dim: int
-    row_type: RowType
-    row_bytes: int
-    nbytes: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def row_type(self) -> RowType: ...
+    @property
+    def row_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 Source = TypeVar("Source", bound=Rows)

@@ -86,10 +86,8 @@ def link(device: torch.device) -> dict[str, Any]:
 
         pynvml.nvmlInit()
         try:
-            properties = torch.cuda.get_device_properties(device)
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(
-                f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0".encode()
-            )
+            properties: Any = torch.cuda.get_device_properties(device)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
             return {
                 "driver": text(pynvml.nvmlSystemGetDriverVersion()),
                 "pcie": {

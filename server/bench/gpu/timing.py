@@ -1,8 +1,8 @@
 """Seconds that a piece of work takes on the device: warmed up, captured once, replayed, the median of many.
 
-CUDA: the work becomes a graph, so that what the host needs to launch it does not count, and work that waits for the host
-cannot be measured at all: its capture fails. Events before and after each replay; the L2 cache is overwritten between
-them where the step would find its data cold. CPU: the clock around each call.
+CUDA: the work becomes a graph, so that what the host needs to launch it does not count, and work that waits for the
+host cannot be measured at all: its capture fails. Events stand before and after each replay; the L2 cache is
+overwritten between them where a step would find its data cold. CPU: the clock around each call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def all_seconds(work: Work, device: torch.device, *, cold: bool = True, repeats:
     replay = captured(work)
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
     flushed = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    pairs = [(event(), event()) for _ in range(repeats)]
     for begun, ended in pairs:
         flushed.zero_()  # also keeps the device busy until the replay is queued
         begun.record()
@@ -40,7 +40,7 @@ def all_seconds(work: Work, device: torch.device, *, cold: bool = True, repeats:
 
 def captured(work: Work) -> Work:
     """The work as a graph's replay; it has run WARM times before, so that kernels are compiled."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM):
@@ -50,6 +50,10 @@ def captured(work: Work) -> Work:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+def event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def clocked(work: Work) -> float:

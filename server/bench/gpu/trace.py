@@ -21,7 +21,7 @@ from server.batch import Ints
 ROOT = Path(__file__).parents[3]
 TRACE = Path(__file__).with_name("trace.npz")
 TEXTS = ("loadtest/text/wordnet.txt", "packs/wordnet/general.txt")  # definitions of WordNet's, and running text
-STEP = 0x9E3779B1  # of language k: id → id · STEP^k + k, an affine permutation where STEP is odd and the size is coprime
+STEP = 0x9E3779B1  # near it lies the factor whose k-th power makes language k
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,9 +145,7 @@ def convolved(sizes: Sizes) -> Case:
     hidden = before.clone()
 
     def work() -> None:
-        short_conv.short_conv(
-            hidden, alpha, value, weight, slots, table, sequence_of, positions, BLOCK_SIZE, DILATION
-        )
+        short_conv.short_conv(hidden, alpha, value, weight, slots, table, sequence_of, positions, BLOCK_SIZE, DILATION)
 
     def deviation() -> float:
         total = torch.zeros(count, width, dtype=torch.float64, device=sizes.device)

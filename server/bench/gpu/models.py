@@ -79,7 +79,8 @@ def config_of(shape: str) -> ModelConfig:
 
 def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
     """fp32 on CPU, where the references run."""
-    return torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    stored: torch.dtype = getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else stored
 
 
 @torch.no_grad()
@@ -133,12 +134,13 @@ class Engrams:
 
     def pack(self, tables: Mapping[int, Table] | None = None, name: str = "engram") -> AttachedPack:
         """A pack over its tables or over `tables`, which hold the same rows elsewhere; packs share the modules."""
-        found = {layer: made.table for layer, made in self.made.items()} if tables is None else dict(tables)
+        found: dict[int, Table] = {layer: made.table for layer, made in self.made.items()}
+        found.update(tables or {})
         return AttachedPack(name, name, self.config, self.addresser, found, self.modules)
 
 
 def layers_at(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
-    """Distinct layers at these shares of the depth, the first block left out: a fetch needs something to hide behind."""
+    """Distinct layers at these shares of the depth, never the first: a fetch needs something to hide behind."""
     return tuple(sorted({min(max(1, round(depth * layers)), layers - 1) for depth in depths}))
 
 

@@ -146,7 +146,13 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
         """The last hidden states [T, H], normed, of all tokens of the batch."""
         attention.plan(batch)
-        hidden, rotations = self.embedded(batch.token_ids), self.rotations(batch.positions)
+        return self.states(batch.token_ids, batch.positions, attention, memory)
+
+    def states(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
+    ) -> Tensor:
+        """The same for token_ids[T] at positions[T], once `attention` has its plan."""
+        hidden, rotations = self.embedded(token_ids), self.rotations(positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
@@ -165,10 +171,10 @@ class Decoder(nn.Module):
         turned = {kind: rotary.at(positions) for kind, rotary in self.rotary.items() if isinstance(rotary, Rotary)}
         return [turned.get(kind) for kind in self.config.features.rotary]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] → [N, V] in fp32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, H] → [N, V] in fp32, in `out` if that is given."""
         scores: Tensor = self.head(hidden)
-        return scores.float()
+        return scores.float() if out is None else out.copy_(scores)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies Hugging Face-named tensors into the fused parameters, one at a time.

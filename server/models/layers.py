@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
         self.register_buffer("eps", torch.tensor(eps), persistent=False)
         self.eps: Tensor
-        self.dtype = dtype
+        self.dtype, self.epsilon = dtype, eps
 
     def forward(self, x: Tensor) -> Tensor:
         # Six small kernels where F.rms_norm takes ten: 10 µs instead of 15 at one token on CPU.

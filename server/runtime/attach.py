@@ -87,6 +87,7 @@ class MemoryChanges:
             read = {pack for s in self._engine.scheduler.sequences() for pack in s.view.packs}
             for pack in [pack for pack in self._leaving if pack.id not in read]:
                 self._leaving.remove(pack)
+                self._engine.runner.wait()  # for a step whose last sequence that reads the pack was aborted
                 self._memories.remove(pack)
                 logger.info("memory %s is closed", pack.name)
         return answers

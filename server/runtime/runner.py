@@ -65,6 +65,15 @@ class Runner:
             self._hint(sampled)
         return sampled
 
+    def start(self, sequence: Sequence) -> None:
+        """Takes in a sequence that was given its row."""
+        self.table.start(sequence)
+
+    def wait(self) -> None:
+        """Until the device has computed all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def computes(self) -> bool:
         """Whether the device still does: after some of its errors it never does again."""
         try:

@@ -78,6 +78,21 @@ class Scheduler:
         works.sort(key=lambda work: work.tokens > 1)
         return works
 
+    def ahead(self, works: list[Work]) -> list[Work] | None:
+        """What follows decode works that are still being computed: a token more of each sequence that may go on.
+
+        Takes the blocks for it. None, and nothing is changed, if none goes on or blocks are short.
+        """
+        size = self.pool.block_size
+        sequences = [s for work in works if not (s := work.sequence).at_limit_with(1)]
+        missing = [-(-(s.length + 1) // size) - len(s.blocks) for s in sequences]
+        taken = self.pool.allocate(sum(missing)) if sequences else None
+        if taken is None:
+            return None
+        for sequence, count in zip(sequences, missing, strict=True):
+            sequence.blocks += [taken.pop() for _ in range(count)]
+        return [Work(sequence, sequence.length, 1) for sequence in sequences]
+
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for `tokens` more; preempts the youngest if there are none. False if `running` changed instead."""
         missing = -(-(sequence.computed + tokens) // self.pool.block_size) - len(sequence.blocks)

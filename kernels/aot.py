@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels import (
-    admission,
     memory_gate,
     ngram_hash,
     paged_attention,
@@ -57,13 +56,6 @@ def cases() -> Iterator[Case]:
     )
     yield from lookups()
     yield from bare_reads()
-    yield Case(
-        "admission",
-        admission.admission_kernel,
-        ("*i32", "*i32", "*i64", "*i64", "*i32", "*i64", "*i64", "*i64", "*i64", "*i32", "*i64", "*i64"),
-        dict(WAYS=32, WAYS_PADDED=32, HEADS=8, HEADS_PADDED=8, WORDS=68, WORDS_PADDED=128),
-        vector="ld.global.v4.b32",
-    )
     gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=False, ZERO_IS_PLUS=False)
     for conv in (False, True):
         yield Case(
@@ -144,18 +136,23 @@ def bare_reads() -> Iterator[Case]:
 
 
 def lookups() -> Iterator[Case]:
-    """Rows of 256 values, 8 heads, as the paper's and DeepSeek's tables have them; strides that 16 divides."""
+    """Rows of 256 values, 8 heads, as the paper's and DeepSeek's tables have them; strides that 16 divides. STEM's."""
+    ngrams = dict(ORDERS=2, ORDERS_PADDED=2, HEADS=8, D=256, WAYS=32, WAYS_PADDED=32, HEADS_PADDED=8, BLOCK=256)
+    token = dict(ORDERS=1, ORDERS_PADDED=1, HEADS=1, D=9728, WAYS=16, WAYS_PADDED=16, HEADS_PADDED=1, BLOCK=4096)
     for kind, number in row_lookup.KINDS.items():
         stored, stride = ("*bf16", 256) if kind == "plain" else ("*u8", 256 if kind == "float8_e4m3" else 272)
-        yield Case(
-            f"row_lookup of {kind} rows",
-            row_lookup.lookup_kernel,
-            (stored, stored, *("*i64",) * 5, "*bf16", "*i64", "i32", "i32", "fp32"),
-            dict(
-                KIND=number, HEADS=8, D=256, STRIDE=stride, WAYS=32, WAYS_PADDED=32, HEADS_PADDED=8, DP=256, CACHED=True
-            ),
-            vector="ld.global.v4.b32",
-        )  # fmt: skip
+        yield lookup_case(f"{kind} rows", stored, {**ngrams, "KIND": number, "STRIDE": stride})
+    yield lookup_case("a token's row", "*bf16", {**token, "KIND": 0, "STRIDE": 9728})
+
+
+def lookup_case(what: str, stored: str, constants: dict[str, Any]) -> Case:
+    return Case(
+        f"row_lookup of {what}",
+        row_lookup.lookup_kernel,
+        (stored, stored, *("*i64",) * 5, "*i1", "*bf16", "*i64", "i32", "i32", "fp32"),
+        {**constants, "CACHED": True, "MASKED": True},
+        vector="ld.global.v4.b32",
+    )
 
 
 def compiled(case: Case, capability: int) -> Any:

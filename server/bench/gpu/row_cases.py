@@ -1,23 +1,24 @@
-"""Cases of hashing, lookup and admission: rows and row ids to the bit, in every row type and cache state.
+"""Cases of hashing, lookup and edits: rows and row ids to the bit, in every row type and cache state.
 
     misses    no n-gram is in the cache: whole rows out of registered host memory at random places
     hits      every n-gram is: out of device memory, after a look at the tags of its set
     mixed     every second one
 
-Shapes: N = T · O n-grams of T tokens, 8 heads of D values each, S sets of W ways.
+Shapes: T tokens, O orders, C = O · 8 rows a token of D values each, S sets of W ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import admission, ngram_hash, row_lookup
+from kernels import ngram_hash, row_lookup, row_patch
 from kernels.ngram_hash import HashConstants
-from kernels.row_lookup import KINDS, HotTags, RowFormat
+from kernels.row_lookup import KINDS, HotTags, Kind, RowFormat
 from server.bench.gpu.ceilings import grids, random_ids
 from server.bench.gpu.kernel_case import BITS, Case, Sizes, different
 from server.bench.gpu.models import DIM, HEADS, ORDERS
@@ -36,37 +37,42 @@ def form_of(kind: RowType, dim: int, stride: int) -> RowFormat:
     if isinstance(kind, Plain):
         return RowFormat("plain", dim, stride, dtype=kind.dtype)
     name = next(known for known in KINDS if known == kind.name)
-    return RowFormat(name, dim, stride, scale=getattr(kind, "scale", 1.0))  # type: ignore[arg-type]
+    return RowFormat(cast(Kind, name), dim, stride, scale=getattr(kind, "scale", 1.0))
 
 
 class Wanted:
-    """N n-grams with distinct keys, the rows of each, and a cache that holds the first `cached` of them."""
+    """Distinct n-grams of T tokens, the rows of each, and a cache that holds the share `cached` of them."""
 
     def __init__(self, sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: float) -> None:
         self.table, self.kind, self.dim = table, kind, dim
         self.count, device = sizes.tokens * len(ORDERS), sizes.device
-        self.row_ids = random_ids(len(table), self.count * HEADS, device).view(self.count, HEADS)
-        self.keys = torch.arange(self.count, device=device) * 1_000_003 + 17
-        self.owners = torch.arange(self.count, device=device) % len(ORDERS)
-        self.tags = tags_for(self, -(-self.count // WAYS) * SPARE_SETS, sizes)
+        self.row_ids = random_ids(len(table), self.count * HEADS, device).view(sizes.tokens, -1)
+        self.keys = (torch.arange(self.count, device=device) * 1_000_003 + 17).view(-1, len(ORDERS))
+        self.owners = torch.arange(len(ORDERS), device=device)
+        sets, entry = -(-self.count // WAYS) * SPARE_SETS, HEADS * table.shape[1]
+        self.tags = HotTags(
+            torch.zeros(sets, WAYS, dtype=torch.int64, device=device),
+            torch.full((sets, WAYS), -1, dtype=torch.int64, device=device),
+            torch.full((sets * WAYS, entry), 0xA5, dtype=torch.uint8, device=device),
+        )
         order = torch.randperm(self.count, generator=sizes.generator, device=device)
         self.held = order[: int(cached * self.count)]
         self._enter(self.held)
-        self.out = torch.empty(self.count, HEADS * dim, dtype=sizes.dtype, device=device)
-        self.counters = torch.zeros(2, dtype=torch.int64, device=device)
+        self.out = torch.empty(sizes.tokens, len(ORDERS) * HEADS * dim, dtype=sizes.dtype, device=device)
+        self.counters = torch.zeros(len(ORDERS), 2, dtype=torch.int64, device=device)
 
     def _enter(self, held: Tensor) -> None:
         """The entries to ways of their sets, in order; a set that is full keeps what it has."""
         sets, ways = self.tags.keys.shape
-        where, order = row_lookup.set_of(self.owners[held], self.keys[held], sets).sort(stable=True)
-        first = torch.searchsorted(where, where)
-        way = torch.arange(len(where), device=where.device) - first
-        fits = way < ways
-        entries, slot = held[order][fits], (where * ways + way)[fits]
-        self.tags.keys.view(-1)[slot] = self.keys[entries]
-        self.tags.owners.view(-1)[slot] = self.owners[entries]
-        rows = self.table[self.row_ids[entries].view(-1).to(self.table.device)]
-        self.tags.cached[slot] = rows.to(slot.device).view(len(entries), -1)
+        owners, keys = self.owners[held % len(ORDERS)], self.keys.view(-1)[held]
+        where, order = row_lookup.set_of(owners, keys, sets).sort(stable=True)
+        way = torch.arange(len(where), device=where.device) - torch.searchsorted(where, where)
+        entries, slot = order[way < ways], (where * ways + way)[way < ways]
+        self.tags.keys.view(-1)[slot] = keys[entries]
+        self.tags.owners.view(-1)[slot] = owners[entries]
+        row_ids = self.row_ids.view(-1, HEADS)[held[entries]].view(-1)
+        rows = self.table[row_ids.to(self.table.device)].to(slot.device)
+        self.tags.cached[slot] = rows.view(len(entries), self.tags.cached.shape[1])
 
     def look_up(self, programs: int) -> None:
         form = form_of(self.kind, self.dim, self.table.shape[1])
@@ -79,21 +85,12 @@ class Wanted:
         raw = self.table[self.row_ids.view(-1).to(self.table.device)].cpu()
         rows = torch.empty(len(raw), self.dim)
         self.kind.decode(raw, rows)
-        return rows.to(self.out.dtype).view_as(self.out.cpu())
+        return rows.to(self.out.dtype).view(self.out.shape)
 
     @property
     def moved(self) -> int:
         """Rows read, values written, and the tags of one set an n-gram."""
         return self.row_ids.numel() * self.table.shape[1] + self.out.nbytes + self.count * WAYS * 16
-
-
-def tags_for(wanted: Wanted, sets: int, sizes: Sizes) -> HotTags:
-    entry = HEADS * wanted.table.shape[1]
-    return HotTags(
-        torch.zeros(sets, WAYS, dtype=torch.int64, device=sizes.device),
-        torch.full((sets, WAYS), -1, dtype=torch.int64, device=sizes.device),
-        torch.full((sets * WAYS, entry), 0xA5, dtype=torch.uint8, device=sizes.device),
-    )
 
 
 def looked_up(sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: float, name: str) -> Case:
@@ -106,7 +103,7 @@ def looked_up(sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: floa
 
     def deviation() -> float:
         counted = abs(int(wanted.counters.sum()) - wanted.count)
-        short = max(0, int(0.99 * len(wanted.held)) - int(wanted.counters[0]))  # a full set leaves a few out
+        short = max(0, int(0.99 * len(wanted.held)) - int(wanted.counters[:, 0].sum()))  # a full set leaves a few out
         return different(wanted.out.cpu(), wanted.expected()) + counted + short
 
     return Case(
@@ -127,7 +124,7 @@ def row_cases(sizes: Sizes, table: Tensor, kind: RowType, dim: int) -> Iterator[
         yield looked_up(sizes, table, kind, dim, cached, f"lookup, {name}")
     for other, width in TYPES.items():
         yield looked_up(sizes, *small_table(sizes, other, width), 0.5, f"lookup of {other} rows")
-    yield admitted(sizes)
+    yield patched(sizes)
 
 
 def small_table(sizes: Sizes, name: str, dim: int) -> tuple[Tensor, RowType, int]:
@@ -193,40 +190,29 @@ def hashed(sizes: Sizes) -> Case:
     )
 
 
-def admitted(sizes: Sizes) -> Case:
-    """512 newcomers into an empty cache of their size, against the reference on the host."""
-    table, kind, dim = small_table(sizes, "float8_e4m3", DIM)
-    wanted = Wanted(sizes, table, kind, dim, 0.0)
-    count, sets = min(512, wanted.count), len(wanted.tags.keys)
-    heat = sizes.integers(200, count).int() + 1
-    where = row_lookup.set_of(wanted.owners[:count], wanted.keys[:count], sets)
-    order = torch.from_numpy(np.lexsort((-heat.cpu().numpy(), where.cpu().numpy()))).to(sizes.device)
-    groups, members = where[order].unique_consecutive(return_counts=True)
-    starts = torch.cat([members.new_zeros(1), members.cumsum(0)])
-    new = [part[order].contiguous() for part in (wanted.keys[:count], wanted.owners[:count], heat)]
-    rows = wanted.row_ids[:count][order].contiguous()
-    counts, moves = torch.zeros(sets, WAYS, dtype=torch.int32, device=sizes.device), wanted.counters
-    tensors = (wanted.tags.keys, wanted.tags.owners, wanted.tags.cached, counts, moves)
-    before = [tensor.clone() for tensor in tensors]
-
-    def fresh() -> None:
-        for tensor, kept in zip(tensors, before, strict=True):
-            tensor.copy_(kept)
+def patched(sizes: Sizes) -> Case:
+    """64 edits; every token of even number sees them."""
+    dim, edits = DIM, min(64, sizes.tokens)
+    row_ids = sizes.integers(MANY_ROWS, sizes.tokens, len(ORDERS) * HEADS)
+    edited = torch.randperm(MANY_ROWS, generator=sizes.generator, device=sizes.device)[:edits].sort().values
+    values = sizes.normal(edits, dim)
+    overlays = torch.full((sizes.tokens, row_patch.SCOPES), -1, dtype=torch.int64, device=sizes.device)
+    overlays[::2, 0] = 0
+    before = sizes.normal(sizes.tokens, row_ids.shape[1] * dim)
+    out = before.clone()
 
     def deviation() -> float:
-        keys, owners, cached, held, moved = (tensor.cpu() for tensor in before)
-        admission.reference(
-            table.cpu(), HotTags(keys, owners, cached), held, starts.cpu(), groups.cpu(), *(n.cpu() for n in new),
-            rows.cpu(), moved,
-        )  # fmt: skip
-        expected = (keys, owners, cached, held, moved)
-        return sum(different(got.cpu(), want) for got, want in zip(tensors, expected, strict=True))
+        expected = before.view(sizes.tokens, -1, dim).clone()
+        hit = (row_ids[..., None] == edited) & (overlays[:, 0] == 0)[:, None, None]
+        token, column, edit = hit.nonzero(as_tuple=True)
+        expected[token, column] = values[edit]
+        return different(out, expected.view_as(out))
 
     return Case(
-        "admission",
-        fresh,
-        lambda: admission.admit(table, wanted.tags, counts, starts, groups, *new, rows, moves),
+        "edited rows",
+        lambda: out.copy_(before),
+        lambda: row_patch.patch(out, row_ids, overlays, edited, values),
         deviation,
-        f"{BITS}: tags, rows and counts of the reference",
-        2 * count * HEADS * table.shape[1] + 2 * len(groups) * WAYS * 4,
+        f"{BITS}: edited rows where they are seen, the others as they were",
+        row_ids.nbytes + overlays.nbytes,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels import (
+    gated_product,
     memory_gate,
     ngram_hash,
     paged_attention,
@@ -88,7 +89,15 @@ def cases() -> Iterator[Case]:
         vector="ld.global.v4",
     )
     yield Case(
-        "rotary", rotary.rotary_kernel, ("*bf16", "*fp32", "*i64", "i32"), dict(N=40, HALF=64, BLOCK_N=64, BLOCK=64)
+        "rotary, with norms", rotary.rotary_kernel, ("*bf16", "*fp32", "*i64", "*fp32", "i32", "fp32"),
+        dict(N=40, HALF=64, BLOCK_N=64, BLOCK=64, NORM=True),
+    )  # fmt: skip
+    yield Case(
+        "gated_product",
+        gated_product.product_kernel,
+        ("*bf16", "*bf16"),
+        dict(F=9728, BLOCK=1024, GELU=True),
+        vector="ld.global.v4",
     )
     yield Case(
         "sampling",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.batch import Batch
+from server.models import fused
 from server.models.attention.base import AttentionBackend
 from server.models.config import ModelConfig
 from server.models.layers import Linear, RMSNorm, Rotary, interleave
@@ -63,6 +64,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden, eps, dtype)
         inner = config.intermediate_size
         self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=features.mlp_bias, dtype=dtype)
+        self.activation_name = features.activation
         self.activation = ACTIVATIONS[features.activation]
         self.down = Linear(inner, hidden, bias=features.mlp_bias, dtype=dtype)
         self.after_attention = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
@@ -123,7 +125,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`without_up`: the layers whose up-projection memory replaces, and which have none."""
+    """`without_up`: the layers whose up-projection memory replaces, and which have none. `fused`: compute over fused
+    kernels, a choice made from outside.
+    """
+
+    fused = False
 
     def __init__(
         self, config: ModelConfig, max_len: int, dtype: torch.dtype, without_up: frozenset[int] = frozenset()
@@ -152,6 +158,8 @@ class Decoder(nn.Module):
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
     ) -> Tensor:
         """The same for token_ids[T] at positions[T], once `attention` has its plan."""
+        if self.fused:
+            return fused.states(self, token_ids, positions, attention, memory)
         hidden, rotations = self.embedded(token_ids), self.rotations(positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:

@@ -150,7 +150,7 @@ class MemoryChanges:
 
     def _allocate(self, pack: AttachedPack) -> None:
         """The pack's convolution inputs, one per token slot of the KV cache, which stands as it is."""
-        slots = self._loaded.kv.blocks * self._settings.block_size
+        slots = self._loaded.slots
         needed, device = slots * pack.conv_bytes_per_token, self._loaded.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         if needed > free:

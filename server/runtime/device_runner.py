@@ -27,9 +27,9 @@ STALE = -1
 
 
 class DeviceRunner(Runner):
-    def __init__(self, steps: DecodeSteps, **arguments: Any) -> None:
+    def __init__(self, steps: DecodeSteps, *arguments: Any, **sizes: Any) -> None:
         """`steps`, and what a Runner takes. All of it works on one stream."""
-        super().__init__(**arguments)
+        super().__init__(*arguments, **sizes)
         self.steps = steps
         self.vocab = steps.model.config.vocab_size
         self._next = np.full(len(self.table.tokens), STALE)  # row → the position that the device can compute next

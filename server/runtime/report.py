@@ -35,6 +35,7 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
             f"= {tokens:,} tokens ({kv.reason})",
         ),
         ("context", f"{loaded.max_len:,} tokens, {settings.max_num_seqs} sequences at once"),
+        *(loaded.device_path.report() if loaded.device_path is not None else []),
         *describe_memory(loaded, settings),
     ]
 

@@ -2,9 +2,9 @@
 
     lengths[B] ~ uniform(100, 1024) ─ a wave of W steps from there ─ back to the lengths, further on in the text
 
-What a cache of keys and values holds is random: attention reads as much of it whatever it says. All arms of an experiment
-share the cache and the weights, take a wave in turn, and read the same forced tokens: the sampled one is computed and
-written, then the text's is copied over it on the device.
+What a cache of keys and values holds is random: attention reads as much of it whatever it says. All arms of an
+experiment share the cache and the weights, take a wave in turn, and read the same forced tokens: the sampled one is
+computed and written, then the text's is copied over it on the device.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class DeviceArm:
         self.steps.tokens.copy_(self._text)
 
     def launch(self, step: int, count: int = 0) -> Launched:
-        """The step-th step of a wave, of the first `count` sequences (0: all); the text's tokens replace the sampled."""
+        """The step-th step of a wave, of the first `count` sequences (0: all); the text replaces what was sampled."""
         some = slice(count or len(self.rows))
         positions = self.scene.lengths[some] + step
         blocks = self.scene.blocks[self.rows[some], positions // BLOCK_SIZE]

@@ -70,10 +70,6 @@ class SdpaBackend(AttentionBackend):
         self.slots: Tensor
         self.plans: dict[int, Plan] = {}
 
-    @property
-    def kv_bytes(self) -> int:
-        return self.cache.nbytes
-
     def plan(self, batch: Batch) -> None:
         self.slots = batch.slots
         self.plans = {window: self._plan(batch, window) for window in dict.fromkeys(self.windows)}

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from server.cache.device_table import copy_rows
 from server.cache.gather import take_rows
@@ -84,6 +86,11 @@ class PinnedTable:
         self.note = f"{kind}, copied; not registered: there is no GPU"
         if register is not None:
             self.note = f"{kind}, copied; {self._register_all(register, flat)}"
+
+    @property
+    def raw(self) -> Tensor:
+        """uint8[rows, R], the rows themselves: for a GPU to read, once they are registered."""
+        return torch.from_numpy(self._view)
 
     @property
     def registered(self) -> bool:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import memory_gate, paged_attention, rms_norm, rotary, sampling, short_conv, stem_rows
+from kernels import gated_product, memory_gate, paged_attention, rms_norm, rotary, sampling, short_conv, stem_rows
 from kernels.memory_gate import GateWeights
 from server.bench.gpu.kernel_case import BITS, Case, Sizes, different, off, paged_table
 
 BLOCK_SIZE, TAPS, DILATION = 32, 4, 3
-
-
-def dense_cases(sizes: Sizes) -> Iterator[Case]:
-    yield norm(sizes)
-    yield turned(sizes)
-    yield sampled(sizes, 0.0)
-    yield sampled(sizes, 0.8)
-    yield gated(sizes)
-    yield convolved(sizes)
-    yield stem(sizes)
-    yield written(sizes)
-    yield decoded(sizes)
-    yield prefilled(sizes)
 
 
 def norm(sizes: Sizes) -> Case:
@@ -43,7 +31,6 @@ def norm(sizes: Sizes) -> Case:
         return max(off(stream, total, 1e-6, 1e-6), off(out[0], expected, sizes.rounding, 1e-5))
 
     return Case(
-        "residual and norm",
         lambda: stream.copy_(before),
         work,
         deviation,
@@ -52,7 +39,8 @@ def norm(sizes: Sizes) -> Case:
     )
 
 
-def turned(sizes: Sizes) -> Case:
+def turned(sizes: Sizes, *, normed: bool) -> Case:
+    """`normed`: every head is, before it is turned."""
     model = sizes.model
     heads = model.num_heads + model.num_kv_heads
     wide = sizes.normal(sizes.tokens, (heads + model.num_kv_heads) * model.head_dim)  # as qkv lies: rows are strided
@@ -63,20 +51,43 @@ def turned(sizes: Sizes) -> Case:
         0.01 ** torch.linspace(0, 1, model.head_dim // 2, device=sizes.device).double(),
     )
     table = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-    positions = sizes.integers(sizes.context, sizes.tokens)
+    positions, eps = sizes.integers(sizes.context, sizes.tokens), model.rms_norm_eps
+    gain = sizes.normal(heads, model.head_dim, dtype=torch.float32) if normed else None
 
     def deviation() -> float:
-        pairs = torch.view_as_complex(before.double().view(*before.shape[:-1], -1, 2).contiguous())
+        wide_heads = before.double()
+        if gain is not None:
+            wide_heads = wide_heads * (wide_heads.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain.double()
+        pairs = torch.view_as_complex(wide_heads.view(*before.shape[:-1], -1, 2).contiguous())
         turned_pairs = pairs * table.to(torch.complex128)[positions][:, None]
         return off(view, torch.view_as_real(turned_pairs).flatten(-2), sizes.rounding, 1e-5)
 
     return Case(
-        "rotary",
         lambda: view.copy_(before),
-        lambda: rotary.rotate_(view, table, positions),
+        lambda: rotary.rotate_(view, table, positions, gain, eps),
         deviation,
         "one unit in the last place: fp32 products, rounded once",
         2 * view.numel() * view.element_size(),
+    )
+
+
+def multiplied(sizes: Sizes) -> Case:
+    width = sizes.model.intermediate_size
+    gate_up, out = sizes.normal(sizes.tokens, 2 * width), [torch.empty(0)]
+
+    def work() -> None:
+        out[0] = gated_product.gated_product(gate_up, "silu")
+
+    def deviation() -> float:
+        gate, up = gate_up.double().chunk(2, dim=-1)
+        return off(out[0], F.silu(gate) * up, sizes.rounding, 1e-6)
+
+    return Case(
+        lambda: None,
+        work,
+        deviation,
+        "one unit in the last place: fp32, rounded once",
+        gate_up.nbytes * 3 // 2,
     )
 
 
@@ -101,7 +112,6 @@ def sampled(sizes: Sizes, degree: float) -> Case:
         return float(((found[0] != expected) & clear).sum())
 
     return Case(
-        "sampling, greedy" if degree == 0 else "sampling, drawn",
         lambda: None,
         work,
         deviation,
@@ -125,7 +135,6 @@ def gated(sizes: Sizes) -> Case:
         return off(hidden, before.double() + alpha[..., None] * value.double()[:, None], 1e-5, 1e-3)
 
     return Case(
-        "memory gate",
         lambda: hidden.copy_(before),
         lambda: memory_gate.gate(hidden, key, value, GateWeights(gain, 1e-6, 1e-6)),
         deviation,
@@ -158,7 +167,6 @@ def convolved(sizes: Sizes) -> Case:
         return off(hidden, expected, 1e-5, 1e-5)
 
     return Case(
-        "short convolution",
         lambda: hidden.copy_(before),
         work,
         deviation,
@@ -179,7 +187,6 @@ def stem(sizes: Sizes) -> Case:
         return off(out[0], F.silu(gate.double()) * rows.double()[inverse], sizes.rounding, 1e-6)
 
     return Case(
-        "STEM rows",
         lambda: None,
         work,
         deviation,
@@ -207,7 +214,6 @@ def written(sizes: Sizes) -> Case:
     before = flat[others].clone()
 
     return Case(
-        "write of keys and values",
         lambda: flat.index_fill_(0, slots, math.nan),
         lambda: paged_attention.write_kv(cache, slots, kv),
         lambda: different(flat[slots], kv) + different(flat[others], before),
@@ -234,7 +240,6 @@ def decoded(sizes: Sizes) -> Case:
         return worst + float(out[0].isnan().sum())
 
     return Case(
-        "paged decode",
         lambda: None,
         work,
         deviation,
@@ -260,7 +265,6 @@ def prefilled(sizes: Sizes) -> Case:
         return off(out[0][:fresh], expected, *attention_tolerance(sizes)) + float(out[0].isnan().sum())
 
     return Case(
-        "paged prefill",
         lambda: None,
         work,
         deviation,
@@ -290,3 +294,19 @@ def attention64(sizes: Sizes, query: Tensor, kv: Tensor) -> Tensor:
     at = torch.arange(length, device=kv.device)
     score = score.masked_fill(at[None, None] > at[length - count :][None, :, None], -math.inf)
     return torch.einsum("hqk,khd->qhd", score.softmax(-1), values)
+
+
+DENSE: dict[str, Callable[[Sizes], Case]] = {
+    "residual and norm": norm,
+    "rotary": partial(turned, normed=False),
+    "norm of heads and rotary": partial(turned, normed=True),
+    "gated product": multiplied,
+    "sampling, greedy": partial(sampled, degree=0.0),
+    "sampling, drawn": partial(sampled, degree=0.8),
+    "memory gate": gated,
+    "short convolution": convolved,
+    "STEM rows": stem,
+    "write of keys and values": written,
+    "paged decode": decoded,
+    "paged prefill": prefilled,
+}

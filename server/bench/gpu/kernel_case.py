@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.language import power_of_two
 from server.bench.gpu.models import DIM, HEADS, ORDERS
 from server.models.config import ModelConfig
 
@@ -56,16 +55,21 @@ class Sizes:
 class Case:
     """`work` may change its inputs: `fresh` puts them back. `deviation()` follows one `work` after `fresh`.
 
-    `tolerance`: with its reason. `moved`: bytes read and written at least. `ceiling`: the bandwidth it is set beside.
+    `tolerance`: with its reason. `moved`: bytes read and written at least. `ceiling`: the bandwidth it is set beside,
+    over `of` bytes where that bandwidth does not count all that is moved.
     """
 
-    name: str
     fresh: Callable[[], object]
     work: Callable[[], object]
     deviation: Callable[[], float]
     tolerance: str
     moved: int
     ceiling: str = "copy"
+    of: int = 0
+
+    @property
+    def ideal_bytes(self) -> int:
+        return self.of or self.moved
 
     @property
     def limit(self) -> float:
@@ -111,7 +115,3 @@ def paged_table(sizes: Sizes, block_size: int) -> Tensor:
     pages = -(-sizes.context // block_size)
     order = torch.randperm(sizes.sequences * pages, generator=sizes.generator, device=sizes.device) + 1
     return order.view(sizes.sequences, pages)
-
-
-def padded(size: int) -> int:
-    return power_of_two(size)

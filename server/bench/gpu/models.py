@@ -98,6 +98,7 @@ def backbone(config: ModelConfig, max_len: int, device: torch.device) -> Decoder
     with torch.device(device):
         model = Decoder(config, max_len, dtype_of(config, device)).eval()
     randomise(model)
+    model.fused = True
     return model.requires_grad_(False)
 
 

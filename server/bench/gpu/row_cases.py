@@ -9,7 +9,7 @@ Shapes: T tokens, O orders, C = O · 8 rows a token of D values each, S sets of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -93,7 +93,7 @@ class Wanted:
         return self.row_ids.numel() * self.table.shape[1] + self.out.nbytes + self.count * WAYS * 16
 
 
-def looked_up(sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: float, name: str) -> Case:
+def looked_up(sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: float) -> Case:
     wanted = Wanted(sizes, table, kind, dim, cached)
     programs = grids(sizes.device)[-1]
 
@@ -107,24 +107,25 @@ def looked_up(sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: floa
         return different(wanted.out.cpu(), wanted.expected()) + counted + short
 
     return Case(
-        name,
         fresh,
         lambda: wanted.look_up(programs),
         deviation,
         f"{BITS}: the row type's own decoding",
         wanted.moved,
-        "copy" if cached else "rows",
+        *(("copy", 0) if cached else ("rows", wanted.row_ids.numel() * table.shape[1])),
     )
 
 
-def row_cases(sizes: Sizes, table: Tensor, kind: RowType, dim: int) -> Iterator[Case]:
-    """`table` uint8[rows, R]: the large one, registered."""
-    yield hashed(sizes)
-    for cached, name in ((0.0, "misses"), (0.5, "mixed"), (1.0, "hits")):
-        yield looked_up(sizes, table, kind, dim, cached, f"lookup, {name}")
+def row_cases(table: Callable[[], Tensor], kind: RowType, dim: int) -> dict[str, Callable[[Sizes], Case]]:
+    """By name. `table()` uint8[rows, R]: the large one, registered; made when it is needed."""
+    cases: dict[str, Callable[[Sizes], Case]] = {"n-gram hash": hashed}
+    for name, cached in (("misses", 0.0), ("mixed", 0.5), ("hits", 1.0)):
+        cases[f"lookup, {name}"] = lambda sizes, cached=cached: looked_up(sizes, table(), kind, dim, cached)  # type: ignore[misc]
     for other, width in TYPES.items():
-        yield looked_up(sizes, *small_table(sizes, other, width), 0.5, f"lookup of {other} rows")
-    yield patched(sizes)
+        cases[f"lookup of {other} rows"] = lambda sizes, other=other, width=width: looked_up(  # type: ignore[misc]
+            sizes, *small_table(sizes, other, width), 0.5
+        )
+    return cases | {"edited rows": patched}
 
 
 def small_table(sizes: Sizes, name: str, dim: int) -> tuple[Tensor, RowType, int]:
@@ -181,7 +182,6 @@ def hashed(sizes: Sizes) -> Case:
 
     written = len(positions) * len(addresser.layer_ids) * len(ORDERS) * (HEADS + 1) * 8
     return Case(
-        "n-gram hash",
         lambda: None,
         work,
         deviation,
@@ -209,7 +209,6 @@ def patched(sizes: Sizes) -> Case:
         return different(out, expected.view_as(out))
 
     return Case(
-        "edited rows",
         lambda: out.copy_(before),
         lambda: row_patch.patch(out, row_ids, overlays, edited, values),
         deviation,

@@ -35,6 +35,14 @@ class Trace:
         with np.load(TRACE, allow_pickle=False) as file:
             return cls(file["ids"])
 
+    def described(self) -> str:
+        """One line for people."""
+        shares = []
+        for order in (2, 3):
+            windows = np.lib.stride_tricks.sliding_window_view(self.ids, order)
+            shares.append(f"{len(np.unique(windows, axis=0)) / len(windows):.1%} of its {order}-grams are distinct")
+        return f"{len(self.ids):,} tokens of {', '.join(TEXTS)}; {', '.join(shares)}"
+
     def pieces(self, count: int, length: int, vocab: int, *, languages: int = 1, first: int = 0) -> Ints:
         """int64[count, length]: `count` pieces that begin evenly spread over the text, and wrap around at its end.
 

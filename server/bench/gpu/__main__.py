@@ -1,0 +1,67 @@
+"""Measuring one GPU: `python -m server.bench.gpu VERB`, on a machine with torch, Triton and nothing else of ours.
+
+    kernels   every kernel beside float64, then beside the device's own ceilings
+    table     what a memory in host RAM costs, over none and over the same one resident: the paper's table
+    sweep     the engine from 1 to 512 streams: throughput, TTFT, time between tokens, beside their ceilings
+    baseline  decode beside the roofline, and beside transformers' continuous batching
+    test      tests/gpu and tests/kernels on the device; compute-sanitizer where it is there
+    report    the table of docs/gpu.md from the results
+    trace     the stored text
+
+Every command watches its own time, goes on where the last one stopped, and files what it found in $OUT/gpu.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.bench.gpu.journal import HOME
+from server.bench.gpu.tables import TABLE_GIB
+from server.errors import EngramError
+
+app = typer.Typer(name="gpu", help="Measure one GPU.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Device = Annotated[str, typer.Option(envvar="DEVICE", help="cuda, or cpu to try the command out")]
+Shape = Annotated[str, typer.Option(envvar="SHAPE", help="qwen3-4b, qwen3-8b or tiny")]
+Seconds = Annotated[float, typer.Option(min=1, help="of wall time that the command may take")]
+Out = Annotated[Path, typer.Option(envvar="OUT", help="the folder of results")]
+Gib = Annotated[float, typer.Option(envvar="TABLE_GIB", min=0.001, help="of table; 93 are 100 billion parameters")]
+
+
+@app.command()
+def kernels(
+    device: Device = "cuda", shape: Shape = "qwen3-4b", seconds: Seconds = 450, out: Out = HOME, gib: Gib = TABLE_GIB
+) -> None:
+    """Every kernel beside its formula in float64, then its speed beside ceilings measured in the same run."""
+    from server.bench.gpu.kernel_run import run
+    from server.bench.gpu.session import Session
+
+    run(Session.open("kernels", device, shape, seconds, out), gib)
+
+
+@app.command()
+def trace(
+    remake: Annotated[bool, typer.Option(help="from its texts; needs the default model's tokenizer")] = False,
+) -> None:
+    """The stored text: how many tokens it has, how many of its n-grams are distinct."""
+    from server.bench.gpu.trace import Trace, made, store
+
+    if remake:
+        store(made())
+    typer.echo(Trace.stored().described())
+
+
+def main() -> None:
+    """Ends with one line and the error's exit code where something is in the way."""
+    try:
+        app()
+    except EngramError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from kernels import (
     rms_norm,
     rotary,
     row_lookup,
+    row_patch,
     sampling,
     short_conv,
     stem_rows,
@@ -57,13 +58,20 @@ def cases() -> Iterator[Case]:
     )
     yield from lookups()
     yield from bare_reads()
-    gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=False, ZERO_IS_PLUS=False)
+    yield Case(
+        "row_patch",
+        row_patch.patch_kernel,
+        ("*bf16", "*i64", "*i64", "*i64", "*bf16"),
+        dict(COLUMNS=16, PADDED=16, D=256, BLOCK=256, N=4096, HALVINGS=13, SCOPES=2, ROW_BITS=40),
+        vector="ld.global.v4",
+    )
+    gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=True, ZERO_IS_PLUS=False)
     for conv in (False, True):
         yield Case(
             f"memory_gate{' with convolution' * conv}",
             memory_gate.gate_kernel,
-            ("*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*i64", "*i1", "*fp32")
-            + ("i32",) * 3
+            ("*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16" if conv else "*fp32", "*i64", "*i1", "*fp32")
+            + ("i32",) * 4
             + ("fp32",) * 3,
             {**gate, "CONV": conv},
             vector="ld.global.v",
@@ -71,8 +79,8 @@ def cases() -> Iterator[Case]:
     yield Case(
         "short_conv",
         short_conv.conv_kernel,
-        ("*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*i64", "*i64", "*i64") + ("i32",) * 5,
-        dict(HC=1, H=1280, K=4, BLOCK=512),
+        ("*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*i64", "*i64", "*i64", "*i1") + ("i32",) * 5,
+        dict(HC=1, H=1280, K=4, BLOCK=512, DEAD=True),
     )
     yield Case(
         "stem_rows",

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import NoReturn
 
@@ -44,7 +45,7 @@ class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
     `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint` and `wait` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
+    `begin`, `hint`, `wait` and `settle` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
     called from any.
     """
 
@@ -67,6 +68,8 @@ class Prefetcher:
         self._lock = threading.Lock()  # closing against queueing
         self._closed = False
         self._queue: SimpleQueue[list[Fetch] | Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job] = SimpleQueue()  # for `settle`
+        self._settled = 0
         self._worker = threading.Thread(target=self._work, name="prefetcher", daemon=True) if prefetch else None
         if self._worker is not None:
             self._worker.start()
@@ -82,7 +85,9 @@ class Prefetcher:
         Rows of the step before the last are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
-        if self._worker is None:
+        if self._mirrored is not None:
+            self.settle()
+        elif self._worker is None:
             self._do_jobs()
         issued = time.perf_counter()
         self._step += 1
@@ -139,10 +144,28 @@ class Prefetcher:
         return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
 
     def between_fetches(self, job: Job) -> None:
-        """Has `job` done by the thread that fetches, after what is queued now. Dropped after `close`."""
+        """Has `job` done by the thread that fetches, after what is queued now, or by `settle`. Dropped after `close`."""
         with self._lock:
             if not self._closed:
-                self._queue.put(job)
+                (self._queue if self._mirrored is None else self._jobs).put(job)
+
+    def settle(self, observe: Callable[[HotRows], None] | None = None) -> None:
+        """With a mirrored cache, between two launches on the current stream: does one job and lets `observe` tell what
+        the device looked up; then the hottest enter now and then. Nothing while a fetch reads the cache; never waits
+        for one.
+        """
+        hot = self._mirrored
+        if hot is None:
+            return
+        with hot.changing() as mine:
+            if not mine:
+                return
+            self._settled += 1
+            with suppress(Empty):
+                self._do(self._jobs.get_nowait())
+            if observe is not None:
+                observe(hot)
+            self._learn(self._settled)
 
     def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
@@ -190,12 +213,20 @@ class Prefetcher:
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             if callable(work):
-                self._do(work)
+                self._do_in_turn(work)
                 continue
             for fetch in work:
                 self._serve(fetch)
-            if work:
-                self._learn(work[-1].step)
+            if work and self._reader.hot is not None:
+                with self._reader.hot.turn:
+                    if self._mirrored is None:
+                        self._learn(work[-1].step)
+
+    @property
+    def _mirrored(self) -> HotRows | None:
+        """The cache, if what changes it belongs to `settle`."""
+        hot = self._reader.hot
+        return hot if hot is not None and hot.mirrored else None
 
     def _do_jobs(self) -> None:
         """Without a worker: what it would do between fetches."""
@@ -207,6 +238,14 @@ class Prefetcher:
                 return
             if callable(job):
                 self._do(job)
+
+    def _do_in_turn(self, job: Job) -> None:
+        """On the worker: a job, or leaves it to `settle` if the cache has been mirrored since it was queued."""
+        with self._reader.hot.turn if self._reader.hot is not None else nullcontext():
+            if self._mirrored is None:
+                self._do(job)
+                return
+        self._jobs.put(job)
 
     def _do(self, job: Job) -> None:
         try:

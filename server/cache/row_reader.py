@@ -47,18 +47,20 @@ class RowReader:
         half = self.staging.half(fetch.step)
         host, fetch.rows = self.staging.buffers(half, fetch.begin, len(ids), lookup.table.dim)
         hot = self.hot
-        found = None if hot is None or keys is None else hot.find(lookup.table, lookup.layer, keys)
-        if hot is None or found is None:
-            self._read(lookup.table, ids, host)
-            fetch.copied = self.staging.send(half, host, fetch.rows)
-            return
-        fetch.hits = found.hits_by_order()
-        fetch.rows_read -= len(found.hits) * found.source.heads
-        if self.staging.device.type == "cpu":
-            self._assemble(hot, found, ids, host)
-        else:
-            self._assemble_on_device(hot, found, ids, half, fetch)
-        hot.remember(found, ids, askers)
+        if hot is not None and keys is not None:
+            with hot.turn:
+                found = hot.find(lookup.table, lookup.layer, keys)
+                if found is not None:
+                    fetch.hits = found.hits_by_order()
+                    fetch.rows_read -= len(found.hits) * found.source.heads
+                    if self.staging.device.type == "cpu":
+                        self._assemble(hot, found, ids, host)
+                    else:
+                        self._assemble_on_device(hot, found, ids, half, fetch)
+                    hot.remember(found, ids, askers)
+                    return
+        self._read(lookup.table, ids, host)
+        fetch.copied = self.staging.send(half, host, fetch.rows)
 
     def _read(self, table: Table, ids: Ids, out: Tensor) -> None:
         """Rows ids[N] → out[N, D]: one gather, straight into `out` if nothing is to be decoded."""

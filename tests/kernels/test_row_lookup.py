@@ -108,9 +108,7 @@ def test_rows_are_the_tables_with_the_cache_off_cold_and_warm(lookup, name: str,
 
 @pytest.mark.parametrize("lookup", IMPLEMENTATIONS, ids=["kernel", "reference"])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "float8_e4m3_e8m0"])
-def test_a_row_wider_than_a_program_holds_comes_in_pieces(
-    lookup, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_wider_than_a_program_holds_comes_in_pieces(lookup, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_lookup, "VALUES", 64)
     kind, dim = row_type(name), 160
     raw = np.random.default_rng(0).integers(0, 120, (ROWS, kind.row_bytes(dim)), np.uint8)

@@ -43,6 +43,25 @@ def kernels(
 
 
 @app.command()
+def table(
+    device: Device = "cuda",
+    shape: Shape = "qwen3-4b",
+    arms: Annotated[str, typer.Option(envvar="ARMS", help="which, with commas between; none named: all")] = "",
+    seconds: Seconds = 450,
+    out: Out = HOME,
+    gib: Gib = TABLE_GIB,
+    sequences: Annotated[int, typer.Option(envvar="SEQUENCES", min=1)] = 512,
+    pair_seconds: Annotated[float, typer.Option(min=0.1, help="of measuring each arm beside the other")] = 30,
+) -> None:
+    """What a memory in host RAM costs over none, and over the same rows on the device."""
+    from server.bench.gpu.session import Session
+    from server.bench.gpu.table_run import chosen, run
+
+    names = chosen(arms)
+    run(Session.open("table", device, shape, seconds, out), names, gib, sequences, pair_seconds)
+
+
+@app.command()
 def trace(
     remake: Annotated[bool, typer.Option(help="from its texts; needs the default model's tokenizer")] = False,
 ) -> None:

@@ -27,7 +27,7 @@ from server.bench.gpu.journal import Figures
 from server.bench.gpu.kernel_case import Case, Sizes, judged
 from server.bench.gpu.models import DIM, HEADS, ORDERS, ROW_TYPE, config_of, dtype_of
 from server.bench.gpu.row_cases import row_cases
-from server.bench.gpu.session import Session, met
+from server.bench.gpu.session import Session
 from server.bench.gpu.tables import MadeUp, make, of_type, room_for_tables, said
 from server.bench.gpu.timing import median_seconds
 from server.cache.pinned_table import PinnedTable
@@ -53,7 +53,7 @@ class Room:
             nbytes, words = (1 << 22, "a tiny table") if self.session.tiny else room_for_tables(self.gib / 2)
             shape = MadeUp("kernels", 1, DIM, of_type(ROW_TYPE))
             made = make(MadeUp("kernels", nbytes // shape.row_bytes, DIM, shape.row_type), self.session.device)
-            self.session.say(f"{words}: {said({'kernels': made})}")
+            self.session.say(f"{words}: {said({0: made})}")
             self._table = made.table
         return self._table
 
@@ -129,13 +129,11 @@ def run(session: Session, gib: float) -> dict[str, Any]:
         [line(name, figures) for name, figures in found.items()],
     )
     misses, hits = found.get("lookup, misses", {}).get("share"), found.get("lookup, hits", {}).get("share")
-    session.table(
-        "bars",
-        ("bar", "measured", ""),
+    session.bars(
         [
-            ("lookup, misses: at least 90 % of a bare row read", share(misses), met(misses, MISSES_BAR, least=True)),
-            ("lookup, hits: at least 50 % of device bandwidth", share(hits), met(hits, HITS_BAR, least=True)),
-        ],
+            ("lookup, misses: of a bare row read, at least 0.90", misses, MISSES_BAR, True),
+            ("lookup, hits: of device bandwidth, at least 0.50", hits, HITS_BAR, True),
+        ]
     )
     wrong = [name for name, figures in found.items() if figures["deviation"] > figures["limit"]]
     if wrong:

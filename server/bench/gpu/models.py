@@ -136,7 +136,7 @@ class Engrams:
     def pack(self, tables: Mapping[int, Table] | None = None, name: str = "engram") -> AttachedPack:
         """A pack over its tables or over `tables`, which hold the same rows elsewhere; packs share the modules."""
         found: dict[int, Table] = {layer: made.table for layer, made in self.made.items()}
-        found.update(tables or {})
+        found |= tables or {}
         return AttachedPack(name, name, self.config, self.addresser, found, self.modules)
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from kernels import ngram_hash, row_lookup, row_patch
 from kernels.ngram_hash import HashConstants
-from kernels.row_lookup import KINDS, HotTags, Kind, RowFormat
+from kernels.row_lookup import HotTags
 from server.bench.gpu.ceilings import grids, random_ids
 from server.bench.gpu.kernel_case import BITS, Case, Sizes, different
 from server.bench.gpu.models import DIM, HEADS, ORDERS
 from server.bench.gpu.tables import MadeUp, fill, of_type
-from server.cache.row_types import Plain, RowType
+from server.cache.direct import row_format
+from server.cache.row_table import Table
+from server.cache.row_types import RowType
 from server.memory.addressing import NGramAddresser, from_config, windows_of
 
 WAYS = 32
@@ -32,19 +34,12 @@ TYPES = {"bfloat16": DIM, "int8": DIM, "float8_e4m3": DIM, "float8_e4m3_e8m0": 2
 MANY_ROWS = 4096
 
 
-def form_of(kind: RowType, dim: int, stride: int) -> RowFormat:
-    """How the lookup kernel is told of a row type."""
-    if isinstance(kind, Plain):
-        return RowFormat("plain", dim, stride, dtype=kind.dtype)
-    name = next(known for known in KINDS if known == kind.name)
-    return RowFormat(cast(Kind, name), dim, stride, scale=getattr(kind, "scale", 1.0))
-
-
 class Wanted:
     """Distinct n-grams of T tokens, the rows of each, and a cache that holds the share `cached` of them."""
 
     def __init__(self, sizes: Sizes, table: Tensor, kind: RowType, dim: int, cached: float) -> None:
         self.table, self.kind, self.dim = table, kind, dim
+        self.form = row_format(cast(Table, MadeUp("", len(table), dim, kind)))
         self.count, device = sizes.tokens * len(ORDERS), sizes.device
         self.row_ids = random_ids(len(table), self.count * HEADS, device).view(sizes.tokens, -1)
         self.keys = (torch.arange(self.count, device=device) * 1_000_003 + 17).view(-1, len(ORDERS))
@@ -75,9 +70,8 @@ class Wanted:
         self.tags.cached[slot] = rows.view(len(entries), self.tags.cached.shape[1])
 
     def look_up(self, programs: int) -> None:
-        form = form_of(self.kind, self.dim, self.table.shape[1])
         row_lookup.lookup(
-            self.table, form, self.row_ids, self.keys, self.owners, self.tags, self.out, self.counters, programs
+            self.table, self.form, self.row_ids, self.keys, self.owners, self.tags, self.out, self.counters, programs
         )
 
     def expected(self) -> Tensor:

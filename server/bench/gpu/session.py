@@ -80,6 +80,14 @@ class Session:
             made.add_row(*row)
         self.console.print(made)
 
+    def bars(self, rows: Sequence[tuple[str, float | None, float, bool]]) -> None:
+        """(what is to hold, the figure, the bar, whether at least so much is wanted). No bar counts on a CPU."""
+        lines = []
+        for words, value, bar, least in rows:
+            shown = "–" if value is None or self.tiny else f"{value:.3f}"
+            lines.append((words, shown, met(None if self.tiny else value, bar, least=least)))
+        self.table("bars", ("bar", "measured", ""), lines)
+
 
 def described(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in config.items())

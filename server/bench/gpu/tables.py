@@ -152,7 +152,7 @@ def room_for_tables(wanted: float) -> tuple[int, str]:
     return table_bytes(wanted, memory_available())
 
 
-def said(made: Mapping[str, Made]) -> str:
+def said(made: Mapping[int, Made]) -> str:
     """One line for people."""
     total = sum(each.table.nbytes for each in made.values())
     filled, registered = sum(m.fill_s for m in made.values()), sum(m.register_s for m in made.values())

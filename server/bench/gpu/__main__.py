@@ -30,6 +30,9 @@ Seconds = Annotated[float, typer.Option(min=1, help="of wall time that the comma
 Out = Annotated[Path, typer.Option(envvar="OUT", help="the folder of results")]
 Gib = Annotated[float, typer.Option(envvar="TABLE_GIB", min=0.001, help="of table; 93 are 100 billion parameters")]
 
+Sequences = Annotated[int, typer.Option(envvar="SEQUENCES", min=1, help="at once, at most")]
+PairSeconds = Annotated[float, typer.Option(min=0.1, help="of measuring each arm beside the other")]
+
 
 @app.command()
 def kernels(
@@ -50,8 +53,8 @@ def table(
     seconds: Seconds = 450,
     out: Out = HOME,
     gib: Gib = TABLE_GIB,
-    sequences: Annotated[int, typer.Option(envvar="SEQUENCES", min=1)] = 512,
-    pair_seconds: Annotated[float, typer.Option(min=0.1, help="of measuring each arm beside the other")] = 30,
+    sequences: Sequences = 512,
+    pair_seconds: PairSeconds = 30,
 ) -> None:
     """What a memory in host RAM costs over none, and over the same rows on the device."""
     from server.bench.gpu.session import Session
@@ -59,6 +62,23 @@ def table(
 
     names = chosen(arms)
     run(Session.open("table", device, shape, seconds, out), names, gib, sequences, pair_seconds)
+
+
+@app.command()
+def sweep(
+    device: Device = "cuda",
+    shape: Shape = "qwen3-4b",
+    seconds: Seconds = 450,
+    out: Out = HOME,
+    gib: Gib = TABLE_GIB,
+    sequences: Sequences = 512,
+    pair_seconds: PairSeconds = 15,
+) -> None:
+    """The engine from 1 to 512 streams, each figure beside its ceiling."""
+    from server.bench.gpu.session import Session
+    from server.bench.gpu.sweep_run import run
+
+    run(Session.open("sweep", device, shape, seconds, out), gib, sequences, pair_seconds)
 
 
 @app.command()

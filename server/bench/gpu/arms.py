@@ -19,6 +19,7 @@ import torch
 from server.bench.gpu.models import dtype_of
 from server.bench.gpu.scene import DeviceArm, HostArm, Scene
 from server.bench.gpu.turns import Turns
+from server.bench.gpu.warm import warm
 from server.cache.device_table import DeviceTable
 from server.cache.hot_rows import HotRows
 from server.cache.hot_sources import Source
@@ -68,6 +69,9 @@ class Memory:
                     f"a cache of {cache_bytes / (1 << 30):g} GiB does not fit beside the model; "
                     f"{free / (1 << 30):.1f} GiB are free: leave its arm out of ARMS, or lower SEQUENCES"
                 ) from error
+            for pack in packs:
+                if isinstance(pack, AttachedPack):
+                    warm(hot, pack, scene.trace, scene.languages, scene.config.vocab_size)
         prefetcher = Prefetcher(dtype_of(scene.config, scene.device), scene.device, STAGING, True, hot)
         return cls(Memories(packs, prefetcher), MemoryView(packs=tuple(pack.id for pack in packs)))
 

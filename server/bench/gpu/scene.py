@@ -9,6 +9,7 @@ computed and written, then the text's is copied over it on the device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,8 +118,47 @@ class Scene:
         return tokens * kv_bytes_per_token(self.config, self.cache.layers[0].dtype)
 
 
+class ForcedSteps(DecodeSteps):
+    """Decode steps whose sampled tokens the text replaces; they are copied to the host as sampled.
+
+    `text`: what each row of the token table holds. `waited`: seconds that the host waited for tokens.
+    """
+
+    text: Tensor | None = None
+    waited = 0.0
+
+    def launch(self, *arguments: Any, **named: Any) -> Launched:
+        launched = super().launch(*arguments, **named)
+        if self.text is None:
+            self.text = torch.zeros_like(self.tokens)
+        with torch.inference_mode():
+            self.tokens.copy_(self.text)
+        return Waited(launched, self)
+
+    def tell(self, ids: Ints) -> None:
+        """ids[B, P] of the first B rows' positions; other rows hold 0."""
+        told = torch.zeros_like(self.tokens)
+        told[: len(ids), self.pad : self.pad + ids.shape[1]] = torch.from_numpy(ids).to(self.device)
+        with torch.inference_mode():
+            self.tokens.copy_(told)
+        self.text = told
+
+
+class Waited(Launched):
+    """A step on its way that tells its steps how long the host waited for it."""
+
+    def __init__(self, launched: Launched, steps: ForcedSteps) -> None:
+        self.launched, self.steps, self.logits = launched, steps, launched.logits
+
+    def tokens(self) -> list[int]:
+        begun = time.perf_counter()
+        found = self.launched.tokens()
+        self.steps.waited += time.perf_counter() - begun
+        return found
+
+
 class DeviceArm:
-    """Decode steps over the scene by `DecodeSteps`: graphs where there is a GPU."""
+    """Decode steps over the scene: graphs where there is a GPU."""
 
     def __init__(
         self,
@@ -131,7 +171,7 @@ class DeviceArm:
     ) -> None:
         self.scene, count = scene, len(scene.lengths)
         self.views, self.rows = list(views), np.arange(count)
-        self.steps = DecodeSteps(
+        self.steps = ForcedSteps(
             model,
             PagedBackend(scene.config, scene.cache),
             memory,
@@ -147,25 +187,19 @@ class DeviceArm:
         self.steps.write_blocks(self.rows, padded(scene.blocks, self.steps.blocks.shape[1]))
         self.steps.capture()
         self._greedy, self._seeds = np.zeros(count, np.float32), np.zeros(count, np.int64)
-        self._text = torch.zeros_like(self.steps.tokens)
 
     def enter(self, wave: int) -> None:
         """The tokens of this wave, on the device."""
-        ids = torch.from_numpy(self.scene.text(wave)).to(self.scene.device)
-        self._text[: len(ids), self.steps.pad : self.steps.pad + ids.shape[1]] = ids
-        self.steps.tokens.copy_(self._text)
+        self.steps.tell(self.scene.text(wave))
 
     def launch(self, step: int, count: int = 0) -> Launched:
         """The step-th step of a wave, of the first `count` sequences (0: all); the text replaces what was sampled."""
         some = slice(count or len(self.rows))
         positions = self.scene.lengths[some] + step
         blocks = self.scene.blocks[self.rows[some], positions // BLOCK_SIZE]
-        launched = self.steps.launch(
+        return self.steps.launch(
             self.rows[some], positions, blocks, self._greedy[some], self._seeds[some], self.views[some]
         )
-        with torch.inference_mode():
-            self.steps.tokens.copy_(self._text)
-        return launched
 
 
 class HostArm:

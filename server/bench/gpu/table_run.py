@@ -26,10 +26,10 @@ from server.memory.stem import StemPack
 from server.models.config import ModelConfig
 from server.models.decoder import Decoder
 
-SEQUENCES, WAVE, LANGUAGES = 512, 32, 64
+SEQUENCES, WAVE, LANGUAGES = 512, 8, 64
 CACHES = {"direct-1g": 1, "direct-4g": 4, "direct-8g": 8}  # GiB
 OVER_NONE = ("direct", *CACHES, "staged", "stem")
-OVER_RESIDENT = ("resident", "resident-1g")
+OVER_RESIDENT = ("offload", "offload-1g")
 ARMS = OVER_NONE + OVER_RESIDENT
 SMALL_GIB = 6.0  # of the table that is held on the device too
 BARS = {"none": 0.97, "resident": 0.99}  # of the throughput of what an arm is set beside
@@ -71,7 +71,7 @@ class Bench:
             width = self.config.hidden_size * dtype_of(self.config, self.session.device).itemsize
             conv = 2 * width  # of two layers
             assert self.backbone is not None  # weights first: what is left is for the cache
-            return Scene.of(self.config, lengths, self.wave, self.session.device, languages=LANGUAGES, conv=conv)
+            return Scene.of(self.config, lengths, self.wave, self.session.device, languages=self.languages, conv=conv)
 
         found: Scene = self.once("scene", make)
         return found
@@ -79,6 +79,10 @@ class Bench:
     @property
     def wave(self) -> int:
         return 4 if self.session.tiny else WAVE
+
+    @property
+    def languages(self) -> int:
+        return 2 if self.session.tiny else LANGUAGES
 
     @property
     def backbone(self) -> Decoder:
@@ -117,6 +121,7 @@ def run(session: Session, arms: Sequence[str], gib: float, sequences: int, pair_
     """Measures the pairs that are missing, prints all of them."""
     bench = Bench(session, gib, sequences, pair_seconds)
     base = {"shape": session.shape, "gib": 0.0 if session.tiny else gib, "sequences": sequences, "wave": bench.wave}
+    base["languages"] = bench.languages
     found: dict[str, Any] = {}
     for name in arms:
         needs = pair_seconds * 1.5 + SETUP_SECONDS + (0 if bench.made else TABLE_SECONDS)
@@ -129,7 +134,7 @@ def run(session: Session, arms: Sequence[str], gib: float, sequences: int, pair_
 
 def pair(bench: Bench, name: str) -> Figures:
     """One arm beside what it is set beside, in turns."""
-    beside, caches = ("resident", {"resident-1g": 1}) if name in OVER_RESIDENT else ("none", CACHES)
+    beside, caches = ("resident", {"offload-1g": 1}) if name in OVER_RESIDENT else ("none", CACHES)
     arms, memories = (resident if name in OVER_RESIDENT else over_none)(
         bench, name, cache_bytes(bench, caches.get(name))
     )

@@ -35,6 +35,11 @@ class Trace:
         with np.load(TRACE, allow_pickle=False) as file:
             return cls(file["ids"])
 
+    @property
+    def half(self) -> int:
+        """Where the second half begins, from which pieces come; what came before may be known to a cache."""
+        return len(self.ids) // 2
+
     def described(self) -> str:
         """One line for people."""
         shares = []
@@ -44,13 +49,14 @@ class Trace:
         return f"{len(self.ids):,} tokens of {', '.join(TEXTS)}; {', '.join(shares)}"
 
     def pieces(self, count: int, length: int, vocab: int, *, languages: int = 1, first: int = 0) -> Ints:
-        """int64[count, length]: `count` pieces that begin evenly spread over the text, and wrap around at its end.
+        """int64[count, length]: `count` pieces that begin evenly spread over the second half, and wrap around in it.
 
         Piece i is told in language i mod `languages`. `first` moves all beginnings, for another wave of the same
         sequences. Ids lie below `vocab`.
         """
-        spread = np.arange(count) * len(self.ids) // count + first
-        ids = self.ids[(spread[:, None] + np.arange(length)) % len(self.ids)].astype(np.int64)
+        size = len(self.ids) - self.half
+        spread = np.arange(count) * size // count + first
+        ids = self.ids[self.half + (spread[:, None] + np.arange(length)) % size].astype(np.int64)
         return spoken(ids, np.arange(count) % languages, vocab)
 
 

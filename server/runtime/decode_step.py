@@ -44,13 +44,13 @@ class DeviceMemoryStep(MemoryStep, Protocol):
 class DeviceMemory(Protocol):
     """The packs whose rows are looked up within a decode step. K packs, in the order of attachment."""
 
-    def serves(self, views: Sequence[MemoryView]) -> bool:
-        """Whether a decode step of these views can be done wholly on the device."""
+    def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
+        """Whether a decode step of these views, at positions[B], can be done wholly on the device."""
 
     def sees(self, views: Sequence[MemoryView]) -> Bools:
         """[K, B] which of B views see which pack; B may be 0."""
 
-    def prepare(self, views: Sequence[MemoryView]) -> None:
+    def prepare(self, views: Sequence[MemoryView], askers: Ints | None = None) -> None:
         """Before each launch: writes what varies to static tensors."""
 
     def begin(self, batch: DecodeBatch) -> DeviceMemoryStep:
@@ -142,25 +142,30 @@ class DecodeSteps:
         if not self.graphs:
             return
         begun, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
-        bucket = self.most
+        bucket, stream = self.most, torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         try:
             for done, bucket in enumerate(reversed(self.buckets), 1):
-                self._capture(bucket)
+                self._capture(bucket, stream)
                 if progress is not None:
                     progress(done, len(self.buckets))
         except torch.cuda.OutOfMemoryError as error:
-            self.graphs = False
-            self.captured.clear()
-            torch.cuda.empty_cache()
+            self.give_up_graphs()
             raise CapacityError(no_room(bucket, self.most, free)) from error
         self.capture_seconds = time.perf_counter() - begun
         self.capture_bytes = max(free - torch.cuda.mem_get_info(self.device)[0], 0)
 
+    def give_up_graphs(self) -> None:
+        """From now on steps are computed as they are."""
+        self.graphs = False
+        self.captured.clear()
+        torch.cuda.empty_cache()
+
     @torch.inference_mode()
-    def _capture(self, bucket: int) -> None:
-        """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream."""
+    def _capture(self, bucket: int, stream: torch.cuda.Stream) -> None:
+        """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream, which
+        all buckets share: cuBLAS keeps a workspace per stream.
+        """
         batch = self._batches[bucket]
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -181,18 +186,20 @@ class DecodeSteps:
         temperatures: npt.NDArray[np.floating],
         seeds: Ints,
         views: Sequence[MemoryView],
+        askers: Ints | None = None,
     ) -> Launched:
         """Computes the next token of B sequences; returns at once.
 
         rows[B], positions[B] of the tokens to compute, which stand in the token table; blocks[B]: the KV block of
         each position, entered into the rows of the block table by the step itself; temperatures[B] (0: greedy);
-        seeds[B] as int64 bits; views[B]. The sampled tokens are written at the next position.
+        seeds[B] as int64 bits; views[B]; askers[B]: which request each is of, where anybody counts. The sampled tokens
+        are written at the next position.
         """
         count = len(rows)
         bucket = next(size for size in self.buckets if size >= count)
         batch = self._batches[bucket]
         if self.memory is not None:
-            self.memory.prepare(views)
+            self.memory.prepare(views, askers)
         sees = self.memory.sees(views) if self.memory is not None else np.zeros((0, count), np.bool_)
         self.inputs.send(bucket, rows, positions, blocks, temperatures, seeds, sees)
         if bucket in self.captured:

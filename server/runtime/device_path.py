@@ -75,28 +75,39 @@ class DevicePath:
             self._note("decode steps run eagerly: a memory that stands in for up-projections is read on the host")
             return None
         device = attention.device
-        self.steps = DecodeSteps(
-            model,
-            attention,
-            memory,
-            max_num_seqs=max_num_seqs,
-            max_len=max_len,
-            block_size=block_size,
-            window=window,
-            device=device,
-            dummy_block=self.dummy_block,
-            graphs=graphs and device.type == "cuda",
-        )
         try:
-            self.steps.capture()
+            self.steps = DecodeSteps(
+                model,
+                attention,
+                memory,
+                max_num_seqs=max_num_seqs,
+                max_len=max_len,
+                block_size=block_size,
+                window=window,
+                device=device,
+                dummy_block=self.dummy_block,
+                graphs=graphs and device.type == "cuda",
+            )
+        except torch.cuda.OutOfMemoryError:
+            needed = 4 * max_num_seqs * model.config.vocab_size
+            self._note(
+                f"decode steps run eagerly: their logits take {needed} bytes, which are not free on {device}; set "
+                f"--max-num-seqs {max(max_num_seqs // 2, 1)} or lower --kv-bytes"
+            )
+            return None
+        self._capture(self.steps)
+        return self.steps
+
+    def _capture(self, steps: DecodeSteps) -> None:
+        """Steps that cannot be captured run as they are."""
+        try:
+            steps.capture()
         except CapacityError as error:
             self._note(f"decode steps run without CUDA graphs: {error}")
         except Exception as error:
             logger.exception("decode steps could not be captured")
-            self.steps.graphs = False
-            self.steps.captured.clear()
+            steps.give_up_graphs()
             self._note(f"decode steps run without CUDA graphs, since capturing failed: {first_line(error)}")
-        return self.steps
 
     def report(self) -> list[tuple[str, str]]:
         """Lines of the start-up report."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from server.batch import Ints
+from server.errors import StepFailed
 from server.runtime.decode_step import DecodeSteps, Launched
 from server.runtime.runner import Runner
 from server.runtime.sampler import Sampled, is_plain
@@ -39,23 +40,31 @@ class DeviceRunner(Runner):
         self._next[sequence.row] = STALE
 
     def run(self, works: list[Work]) -> list[tuple[Sequence, Sampled]]:
-        if not self.decodes(works):
+        if self.decodes(works):
+            return self.read(works, self.launch(works))
+        try:
             return super().run(works)
-        return self.read(works, self.launch(works))
+        except torch.cuda.OutOfMemoryError as error:
+            tokens = sum(work.tokens for work in works)
+            raise StepFailed(
+                f"a step of {tokens} tokens does not fit in what is free on {self.device}; set "
+                f"--max-num-batched-tokens {max(tokens // 2, 1)} or lower --kv-bytes"
+            ) from error
 
     def decodes(self, works: list[Work]) -> bool:
         """Whether the works are a decode step that the device can do: one known token each, nothing to tell of it."""
         return (
             len(works) <= self.steps.most
             and all(work.tokens == 1 and work.completes and not _told(work) for work in works)
-            and self.serves([work.sequence for work in works])
+            and self.serves(works)
         )
 
-    def serves(self, sequences: Items[Sequence]) -> bool:
+    def serves(self, works: list[Work]) -> bool:
         """Whether what memory these see can be read within a step."""
+        views = [work.sequence.view for work in works]
         if self.steps.memory is not None:
-            return self.steps.memory.serves([sequence.view for sequence in sequences])
-        return not any(sequence.view.packs for sequence in sequences)
+            return self.steps.memory.serves(views, np.array([work.start for work in works], np.int64))
+        return not any(view.packs for view in views)
 
     def are_plain(self, sequences: Items[Sequence]) -> bool:
         """Whether the device samples for them alone, so that nobody has to look at logits."""
@@ -78,6 +87,7 @@ class DeviceRunner(Runner):
             np.array([sequence.params.temperature for sequence in sequences], np.float32),
             np.array([sequence.seed for sequence in sequences], np.uint64).view(np.int64),
             [sequence.view for sequence in sequences],
+            self._askers(sequences) if self._counts_askers else None,
         )
         self._next[rows] = positions + 1
         return launched

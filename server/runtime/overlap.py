@@ -84,7 +84,7 @@ class OverlappedEngine(Engine):
         full = len(scheduler.running) == scheduler.max_num_seqs
         if self._constrained or (scheduler.waiting and not full) or len(scheduler.running) != len(works):
             return None
-        if not self.runner.are_plain(sequences) or not self.runner.serves(sequences):
+        if not self.runner.are_plain(sequences) or not self.runner.serves(works):
             return None
         following = scheduler.ahead(works)
         if following is None:

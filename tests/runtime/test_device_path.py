@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
-from server.runtime.messages import SamplingParams, Submit, TokenOutput
+from server.runtime.messages import SamplingParams, Submit
 from server.runtime.overlap import OverlappedEngine
 from tests.backbones import save_backbone
 from tests.engines import drive, engine_on, outputs_of, tokens_of
@@ -124,3 +123,96 @@ def test_any_workload_gives_the_tokens_of_sequences_computed_eagerly_alone(
         else:
             assert answers[key] == tokens
     assert engine.stats().blocks_used == 0 and not engine._requests
+
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+def test_decode_steps_are_launched_before_the_last_ones_are_read(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"])
+    outputs = outputs_of(engine, [Submit(f"r{i}", prompt_of(i, 5), GREEDY) for i in range(3)])
+    assert all(len(tokens_of(told)) == 10 for told in outputs.values())
+    # the prompt gives the first token, the second step is launched when asked for, and eight ahead
+    assert engine.launched_ahead == 8
+
+
+def test_whoever_ends_in_flight_leaves_nothing_behind(folders: dict[str, str], eager: dict[str, Engine]) -> None:
+    answer = drive(eager["llama"], [prompt_of(1, 12)], max_tokens=10)[0]
+    stop = next(token for i, token in enumerate(answer) if i >= 4 and token not in answer[:i])
+    engine = device_engine(folders["llama"], max_num_seqs=1)
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, stop_token_ids=frozenset({stop}))
+    outputs = outputs_of(engine, [Submit("a", prompt_of(1, 12), params), Submit("b", prompt_of(1, 12), GREEDY)])
+    assert tokens_of(outputs["a", 0]) == answer[: answer.index(stop) + 1]
+    assert outputs["a", 0][-1].finish_reason == "stop"
+    # computed in the row and blocks that the step in flight still wrote to
+    assert tokens_of(outputs["b", 0]) == answer
+    assert engine.stats().blocks_used == 0
+
+
+def test_an_abort_in_flight_frees_at_once_and_disturbs_nobody(
+    folders: dict[str, str], eager: dict[str, Engine]
+) -> None:
+    expected = drive(eager["qwen3"], [prompt_of(i, 14) for i in range(3)], max_tokens=10)
+    engine = device_engine(folders["qwen3"], blocks=13, max_num_seqs=3)
+    for i in range(2):
+        engine.submit(Submit(f"r{i}", prompt_of(i, 14), GREEDY))
+    answers: dict[str, list[int]] = {}
+    for _ in range(3):
+        for output in engine.step().outputs:
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
+    assert engine._flight is not None
+    used = engine.pool.used
+    engine.abort("r0")
+    assert engine.pool.used < used
+    engine.submit(Submit("r2", prompt_of(2, 14), GREEDY))
+    while not engine.idle:
+        for output in engine.step().outputs:
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
+        engine.scheduler.check()
+    assert [answers["r1"], answers["r2"]] == expected[1:] and answers["r0"] == expected[0][: len(answers["r0"])]
+
+
+def test_an_engine_whose_last_sequence_is_aborted_in_flight_is_idle(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"])
+    engine.submit(Submit("a", prompt_of(1, 9), GREEDY))
+    engine.step(), engine.step()
+    engine.abort("a")
+    assert engine.idle and engine.step().outputs == ()
+    engine.scheduler.check()
+    assert len(tokens_of(outputs_of(engine, [Submit("b", prompt_of(1, 9), GREEDY)])["b", 0])) == 10
+
+
+def test_a_step_that_fails_in_flight_ends_its_requests_and_no_others(
+    folders: dict[str, str], eager: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drive(eager["llama"], [prompt_of(1, 10)], max_tokens=10)[0]
+    engine = device_engine(folders["llama"])
+    with monkeypatch.context() as broken:
+        engine.submit(Submit("doomed", prompt_of(1, 10), GREEDY))
+        engine.step(), engine.step()
+        broken.setattr(engine.runner.steps, "launch", lambda *arguments: 1 / 0)
+        failed = engine.step().outputs
+    assert [o.finish_reason for o in failed] == ["error"] and "division by zero" in str(failed[0].error)
+    engine.scheduler.check()
+    assert tokens_of(outputs_of(engine, [Submit("after", prompt_of(1, 10), GREEDY)])["after", 0]) == expected
+
+
+def test_traced_and_scored_sequences_are_computed_eagerly(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = device_engine(folders["llama"])
+    monkeypatch.setattr(engine.runner, "launch", lambda works: pytest.fail("a decode step was launched"))
+    traced = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, trace=True)
+    assert len(tokens_of(outputs_of(engine, [Submit("a", prompt_of(1, 6), traced)])["a", 0])) == 4
+    scored = SamplingParams(max_tokens=0, temperature=0, logprobs=1, prompt_logprobs=True)
+    (told,) = outputs_of(engine, [Submit("b", prompt_of(1, 1), scored)])["b", 0]
+    assert told.prompt_logprobs == (None,)
+
+
+def test_who_biases_logits_is_sampled_on_the_host_beside_others(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"])
+    biased = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logit_bias=((17, 1e4),))
+    together = outputs_of(engine, [Submit("a", prompt_of(1, 6), biased), Submit("b", prompt_of(2, 6), GREEDY)])
+    assert tokens_of(together["a", 0]) == [17] * 6
+    assert tokens_of(together["b", 0]) == drive(device_engine(folders["llama"]), [prompt_of(2, 6)], max_tokens=10)[0]
+    assert engine.launched_ahead == 3  # of b alone, once a has ended

@@ -10,8 +10,8 @@ path's, bit for bit. Shapes: T tokens, C = O · heads rows a token, O orders, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +127,10 @@ class DirectTable:
         )
 
 
-class Observed:
+Beside = TypeVar("Beside")
+
+
+class Observed(Generic[Beside]):
     """What the device counted and looked up, read by the host without waiting: int64 `words` on the device, copied to a
     ring of pinned memory after a launch, and read when the copy is over.
 
@@ -141,10 +144,10 @@ class Observed:
             self.words = torch.zeros(words, dtype=torch.int64, device=device)
             host = torch.zeros(depth, words, dtype=torch.int64, device="cpu", pin_memory=cuda)
         self._free: list[Tensor] = list(host)
-        self._pushed: list[tuple[Tensor, torch.cuda.Event | None, object]] = []
+        self._pushed: list[tuple[Tensor, torch.cuda.Event | None, Beside]] = []
 
-    def push(self, what: object) -> bool:
-        """Has the words copied in the current stream's order, and `what` kept beside them. False if the ring is full."""
+    def push(self, what: Beside) -> bool:
+        """Has the words copied in the current stream's order and keeps `what` beside them. False if the ring is full."""
         if not self._free:
             return False
         host = self._free.pop()
@@ -153,10 +156,10 @@ class Observed:
         self._pushed.append((host, event, what))
         return True
 
-    def poll(self) -> list[tuple[Ids, object]]:
+    def poll(self) -> list[tuple[Ids, Beside]]:
         """The words that have arrived, oldest first, and what was kept beside them."""
         arrived = []
-        while self._pushed and (self._pushed[0][1] is None or self._pushed[0][1].query()):
+        while self._pushed and (self._pushed[0][1] is None or self._pushed[0][1].query()):  # type: ignore[no-untyped-call]
             host, _, what = self._pushed.pop(0)
             arrived.append((host.numpy().copy(), what))
             self._free.append(host)
@@ -164,7 +167,10 @@ class Observed:
 
 
 def with_direct(
-    counted: Sequence[LayerCounters], fresh: Sequence[LayerCounters], tables: Sequence[DirectTable], counts: Sequence[Ids]
+    counted: Sequence[LayerCounters],
+    fresh: Sequence[LayerCounters],
+    tables: Sequence[DirectTable],
+    counts: Sequence[Ids],
 ) -> tuple[LayerCounters, ...]:
     """`counted` with what direct lookups add; `fresh`: what tables that were never fetched from begin with."""
     found = {(c.table, c.layer): c for c in (*fresh, *counted)}

@@ -45,8 +45,8 @@ class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
     `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint`, `wait` and `settle` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
-    called from any.
+    `begin`, `hint`, `wait` and `settle` belong to one thread, the engine's; `close`, `counters` and `between_fetches`
+    may be called from any.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Prefetcher:
         return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
 
     def between_fetches(self, job: Job) -> None:
-        """Has `job` done by the thread that fetches, after what is queued now, or by `settle`. Dropped after `close`."""
+        """Has `job` done by the thread that fetches, after what is queued now, or in `settle`. Dropped after `close`."""
         with self._lock:
             if not self._closed:
                 (self._queue if self._mirrored is None else self._jobs).put(job)

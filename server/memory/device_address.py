@@ -2,11 +2,13 @@
 
     tokens[R, pad + P] at (row_of[T], positions[T]) ─ one launch a pack ─→ per layer row_ids[T, C], keys[T, O]
 
-The same bits as `addressing.py`'s on the host. Shapes: T tokens, L layers, O orders, C rows a token. Knows token ids and
-constants; nothing of tables.
+The same bits as `addressing.py`'s on the host. Shapes: T tokens, L layers, O orders, C rows a token. Knows token ids
+and constants; nothing of tables.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def hash_constants(addresser: NGramAddresser, device: torch.device) -> HashConst
 
 class DeviceAddresses:
     """One pack's. `keys`: int64 words on the device, `words` of them, that keep the last step's keys [L, T, O] from the
-    first on, one row of L for token ids, which are the same in every layer.
+    first on; L is 1 for token ids, which are the same in every layer.
     """
 
     def __init__(self, addresser: Addresser, max_tokens: int, keys: Tensor) -> None:
@@ -57,7 +59,8 @@ class DeviceAddresses:
     def of(self, batch: DecodeBatch) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer → (row_ids[T, C], keys[T, O]), rewritten by the next call. On the current stream; may be captured."""
         tokens, layers = batch.num_tokens, self.addresser.layer_ids
-        keys = self.view(self._keys, tokens)
+        shape = self.shape(tokens)
+        keys = self._keys[: math.prod(shape)].view(shape)
         if self.constants is None:
             keys[0].copy_(batch.token_ids[:, None])
             return dict.fromkeys(layers, (keys[0], keys[0]))
@@ -65,7 +68,6 @@ class DeviceAddresses:
         ngram_rows(batch.tokens, batch.row_of, batch.positions, batch.pad, self.constants, (rows, keys))
         return {layer: (rows[index], keys[index]) for index, layer in enumerate(layers)}
 
-    def view(self, keys: Tensor, tokens: int) -> Tensor:
-        """The keys [L, T, O] of a step among `words`, on the device or the host."""
-        orders = len(self.addresser.orders)
-        return keys[: self.tables * tokens * orders].view(self.tables, tokens, orders)
+    def shape(self, tokens: int) -> tuple[int, int, int]:
+        """Of the keys [L, T, O] of a step, which lie from the first of the words on."""
+        return self.tables, tokens, len(self.addresser.orders)

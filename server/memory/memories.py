@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from server.memory.stem import StemPack, StemReading, redirected
 from server.memory.trace import GateTrace
 from server.memory.warm_start import WarmStart
 from server.view import MemoryView
+
+if TYPE_CHECKING:
+    from server.memory.device_rows import DeviceRows
 
 # A hint costs about 0.4 ms of a step here (hashing and queueing, with cold processor caches) and gains the time between
 # sampling and the next step's start: nothing where rows arrive before the first block is through.
@@ -145,6 +149,7 @@ class Memories:
         self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
         self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
+        self.direct: DeviceRows | None = None  # what the device looks up by itself
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
         self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
@@ -249,14 +254,15 @@ class Memories:
                 self._pager.submit(ask_for_pages, pack, windows, blocked, self._paged)
 
     def counters(self) -> tuple[LayerCounters, ...]:
-        """What was read so far, per table: by fetches, and from tables on the device."""
+        """What was read so far, per table: by fetches, from tables on the device, and by the device itself."""
         on_device = [
             table.counters(layer)
             for pack in self.packs
             for layer, table in pack.tables.items()
             if isinstance(table, DeviceTable)
         ]
-        return (*self.prefetcher.counters(), *on_device)
+        found = (*self.prefetcher.counters(), *on_device)
+        return found if self.direct is None else self.direct.counted(found)
 
     def placements(self) -> dict[tuple[str, int], str]:
         """(table, layer) → device, pinned or mapped."""

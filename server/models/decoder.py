@@ -36,8 +36,10 @@ INTERLEAVED = (".q_proj.", ".k_proj.", ".q_norm.", ".k_norm.")  # of what is rot
 class MemoryStep(Protocol):
     """One step's memory: the rows on their way, and the layers that will read them."""
 
-    layers: frozenset[int]
-    up_layers: frozenset[int]
+    @property
+    def layers(self) -> frozenset[int]: ...
+    @property
+    def up_layers(self) -> frozenset[int]: ...
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""
@@ -192,13 +194,13 @@ class Decoder(nn.Module):
         for name, tensor in tensors:
             if any(part in name for part in INTERLEAVED):
                 tensor = interleave(tensor, self.config.head_dim)
-            slot = self._slot(name)
+            slot = self.slot(name)
             if slot is not None:
                 slot.copy_(tensor)
                 if name.endswith("norm.weight"):
                     slot.add_(self.config.features.norm_offset)
 
-    def _slot(self, name: str) -> Tensor | None:
+    def slot(self, name: str) -> Tensor | None:
         """Where a tensor goes; None for an up-projection that this model does without."""
         if name == "model.embed_tokens.weight":
             return self.embed

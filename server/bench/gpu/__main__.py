@@ -82,6 +82,22 @@ def sweep(
 
 
 @app.command()
+def baseline(
+    device: Device = "cuda",
+    shape: Shape = "qwen3-4b",
+    seconds: Seconds = 450,
+    out: Out = HOME,
+    sequences: Sequences = 512,
+    pair_seconds: PairSeconds = 10,
+) -> None:
+    """The dense model beside the roofline, and beside transformers' continuous batching."""
+    from server.bench.gpu.baseline_run import run
+    from server.bench.gpu.session import Session
+
+    run(Session.open("baseline", device, shape, seconds, out), sequences, pair_seconds)
+
+
+@app.command()
 def trace(
     remake: Annotated[bool, typer.Option(help="from its texts; needs the default model's tokenizer")] = False,
 ) -> None:

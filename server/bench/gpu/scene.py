@@ -112,9 +112,9 @@ class Scene:
             len(self.lengths), self.max_len, self.config.vocab_size, languages=self.languages, first=wave * self.wave
         )
 
-    def kv_bytes(self, step: int) -> int:
-        """Keys and values that this step of a wave reads."""
-        tokens = int(self.lengths.sum()) + len(self.lengths) * (step + 1)
+    def kv_bytes(self, step: int, count: int) -> int:
+        """Keys and values that this step of a wave reads for the first `count` sequences."""
+        tokens = int(self.lengths[:count].sum()) + count * (step + 1)
         return tokens * kv_bytes_per_token(self.config, self.cache.layers[0].dtype)
 
 

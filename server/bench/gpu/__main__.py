@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from server.bench.gpu.journal import HOME
+from server.bench.gpu.journal import FILE, HOME
 from server.bench.gpu.tables import TABLE_GIB
 from server.errors import EngramError
 
@@ -36,13 +36,18 @@ PairSeconds = Annotated[float, typer.Option(min=0.1, help="of measuring each arm
 
 @app.command()
 def kernels(
-    device: Device = "cuda", shape: Shape = "qwen3-4b", seconds: Seconds = 450, out: Out = HOME, gib: Gib = TABLE_GIB
+    device: Device = "cuda",
+    shape: Shape = "qwen3-4b",
+    seconds: Seconds = 450,
+    out: Out = HOME,
+    gib: Gib = TABLE_GIB,
+    only: Annotated[str, typer.Option(help="only the kernels with this word in their names")] = "",
 ) -> None:
     """Every kernel beside its formula in float64, then its speed beside ceilings measured in the same run."""
     from server.bench.gpu.kernel_run import run
     from server.bench.gpu.session import Session
 
-    run(Session.open("kernels", device, shape, seconds, out), gib)
+    run(Session.open("kernels", device, shape, seconds, out), gib, only)
 
 
 @app.command()
@@ -95,6 +100,35 @@ def baseline(
     from server.bench.gpu.session import Session
 
     run(Session.open("baseline", device, shape, seconds, out), sequences, pair_seconds)
+
+
+@app.command()
+def test(device: Device = "cuda", seconds: Seconds = 450, out: Out = HOME) -> None:
+    """The tests that need a device, the kernels' own compiled for it, and compute-sanitizer."""
+    from server.bench.gpu.session import Session
+    from server.bench.gpu.test_run import run
+
+    run(Session.open("test", device, "tiny", seconds, out), out)
+
+
+@app.command()
+def report(
+    results: Annotated[Path | None, typer.Argument(help="a file of results; default: those in docs/results")] = None,
+    save: Annotated[
+        bool, typer.Option(help="keep $OUT's results in docs/results and put them into docs/gpu.md")
+    ] = False,
+    out: Out = HOME,
+) -> None:
+    """Every figure beside its bar, as docs/gpu.md has them."""
+    from server.bench.gpu.journal import read
+    from server.bench.gpu.report import PAGE, page, stored
+    from server.bench.gpu.report import report as made
+    from server.bench.gpu.report import save as keep
+
+    if save:
+        typer.echo(f"saved to {keep(out / FILE)}")
+        PAGE.write_text(page(PAGE.read_text(), made(stored())))
+    typer.echo(made(stored() if results is None else read(results).values()))
 
 
 @app.command()

@@ -116,18 +116,23 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The git commit, marked where files differ from it; without git a digest of the sources."""
+    """The git commit, with a digest of the sources where they differ from it, or without git."""
     try:
         ran = [
             subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=30)
             for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "server", "kernels"))
         ]
     except (OSError, subprocess.SubprocessError):
-        digest = hashlib.sha256()
-        for path in sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-        return f"files-{digest.hexdigest()[:12]}"
-    return ran[0].stdout.strip() + ("+changes" if ran[1].stdout.strip() else "")
+        return f"files-{digest()}"
+    return ran[0].stdout.strip() + (f"+{digest()}" if ran[1].stdout.strip() else "")
+
+
+def digest() -> str:
+    """Of all sources."""
+    made = hashlib.sha256()
+    for path in sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
+        made.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return made.hexdigest()[:12]
 
 
 def memory_available() -> int:

@@ -188,6 +188,11 @@ class DeviceArm:
         self.steps.capture()
         self._greedy, self._seeds = np.zeros(count, np.float32), np.zeros(count, np.int64)
 
+    @property
+    def graphs(self) -> int:
+        """How many were captured."""
+        return len(self.steps.captured)
+
     def enter(self, wave: int) -> None:
         """The tokens of this wave, on the device."""
         self.steps.tell(self.scene.text(wave))
@@ -204,6 +209,8 @@ class DeviceArm:
 
 class HostArm:
     """Decode steps whose rows the host gathers and stages: no graph, and every step waits for the token before it."""
+
+    graphs = 0
 
     def __init__(self, scene: Scene, model: Decoder, memories: Memories, view: MemoryView) -> None:
         self.scene, self.model, self.memories, self.view = scene, model, memories, view

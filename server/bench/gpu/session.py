@@ -17,6 +17,8 @@ from server.bench.gpu.device import open_device, report
 from server.bench.gpu.journal import Budget, Figures, Journal
 from server.errors import CapacityError, SettingsError
 
+TINY = "tiny"
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -33,7 +35,7 @@ class Session:
     def open(cls, verb: str, device: str, shape: str, seconds: float, out: Path) -> Session:
         """Raises SettingsError for a device that is not there or will not do."""
         budget, found = Budget(seconds), open_device(device)
-        if found.type == "cpu" and shape != "tiny":
+        if found.type == "cpu" and shape != TINY:
             raise SettingsError(f"SHAPE is {shape} on the CPU, where it would take hours; use --shape tiny")
         torch.set_grad_enabled(False)
         if found.type == "cpu":
@@ -42,16 +44,18 @@ class Session:
 
     @property
     def tiny(self) -> bool:
-        return self.device.type == "cpu"
+        """Whether sizes are those of a trial."""
+        return self.shape == TINY
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
 
     def measure(self, config: Mapping[str, Any], work: Callable[[], Figures], needs: float) -> Figures | None:
         """The figures of a configuration: those in the journal, or `work`'s, filed there. None if the time left is less
-        than the `needs` seconds; then the command says so, and another run goes on from here."""
+        than the `needs` seconds; then the command says so, and another run goes on from here. What is filed as not ok
+        is done again."""
         known = self.journal.find(self.verb, config)
-        if known is not None:
+        if known is not None and known.get("ok", True):
             return known
         if not self.budget.allows(needs):
             left = max(self.budget.left, 0)
@@ -68,10 +72,6 @@ class Session:
         """What was found beside the measurements, such as this run's ceilings."""
         self.journal.add(self.verb, config, figures, 0.0)
 
-    def missing(self, configs: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether any of these is yet to be measured: otherwise nothing need be built."""
-        return any(self.journal.find(self.verb, config) is None for config in configs)
-
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         made = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
@@ -84,8 +84,9 @@ class Session:
         """(what is to hold, the figure, the bar, whether at least so much is wanted). No bar counts on a CPU."""
         lines = []
         for words, value, bar, least in rows:
-            shown = "–" if value is None or self.tiny else f"{value:.3f}"
-            lines.append((words, shown, met(None if self.tiny else value, bar, least=least)))
+            counted = value if self.device.type == "cuda" else None
+            shown = "–" if counted is None else f"{counted:.3f}"
+            lines.append((words, shown, met(counted, bar, least=least)))
         self.table("bars", ("bar", "measured", ""), lines)
 
 

@@ -24,6 +24,7 @@ from server.cache.pinned_table import PinnedTable
 CONCURRENCY = (1, 8, 32, 64, 256, 512)
 CACHE_GIB, STEPS, NEW_TOKENS, ROOM = 1, 8, 64, 64
 OVERHEAD_BAR, LAYERS_BAR, HOST_BAR = 0.97, 0.02, 0.40
+LAYERS_AT, HOST_AT = 256, 32  # sequences where these bars are
 LINK_ROWS = 1 << 18
 
 
@@ -89,7 +90,9 @@ def turns(sweep: Sweep, count: int) -> Figures:
     arms = sweep.arms()
     steps = min(STEPS, sweep.wave)
     take_turns(arms, steps, sweep.pair_seconds, sweep.session.device, count)
-    return {**compared(arms, "arm", "none", count, steps), "link_ceiling_gb_per_s": sweep.link() / 1e9}
+    gib = sum(made.table.nbytes for made in sweep.engrams().made.values()) / (1 << 30)
+    found = compared(arms, "arm", "none", count, steps)
+    return {**found, "table_gib": gib, "link_ceiling_gb_per_s": sweep.link() / 1e9}
 
 
 def streams(sweep: Sweep, count: int) -> Figures:
@@ -117,38 +120,44 @@ def prefill_seconds(sweep: Sweep, tokens: int) -> float:
 
 
 def show(session: Session, counts: tuple[int, ...], found: dict[str, Any]) -> None:
-    rows, bars = [], []
+    decode, streamed, bars = [], [], []
     for count in counts:
-        figures, streamed = found.get(f"turns {count}"), found.get(f"streams {count}")
-        if figures is None:
-            continue
-        none, arm, measured = figures["arms"]["none"], figures["arms"]["arm"], figures["arm_over_none"]
-        host = arm["host_step_us"] / arm["device_step_us"]
-        rows.append(
-            (
-                str(count),
-                f"{measured['median']:.4f} [{measured['ci95'][0]:.4f}, {measured['ci95'][1]:.4f}]",
-                f"{arm['tokens_per_s']:.0f} / {none['tokens_per_s']:.0f}",
-                "–" if streamed is None else f"{streamed['tokens_per_s']:.0f}",
-                "–" if streamed is None else f"{streamed['ttft_ms']['p50']:.1f} / {streamed['prefill_ms']:.1f}",
-                "–" if streamed is None else f"{streamed['itl_ms']['p50']:.2f}, {streamed['itl_ms']['p99']:.2f}",
-                f"{none['step_us'] / 1e3:.2f}",
-                f"{arm.get('stall_us', 0):.0f}",
-                f"{arm.get('hit_rate', 0):.3f}",
-                f"{arm.get('link_gb_per_s', 0):.2f} / {figures['link_ceiling_gb_per_s']:.1f}",
-                f"{host:.2f}",
+        figures, answers = found.get(f"turns {count}"), found.get(f"streams {count}")
+        if figures is not None:
+            none, arm, measured = figures["arms"]["none"], figures["arms"]["arm"], figures["arm_over_none"]
+            host = arm["host_step_us"] / arm["device_step_us"]
+            decode.append(
+                (
+                    str(count),
+                    f"{measured['median']:.4f} [{measured['ci95'][0]:.4f}, {measured['ci95'][1]:.4f}]",
+                    f"{arm['step_us']:.0f} / {none['step_us']:.0f}",
+                    f"{arm.get('stall_us', 0):.0f}",
+                    f"{arm.get('hit_rate', 0):.3f}",
+                    f"{arm.get('link_gb_per_s', 0):.2f} / {figures['link_ceiling_gb_per_s']:.1f}",
+                    f"{host:.2f}",
+                )
             )
-        )
-        over = f"memory over none at {count}, at least {OVERHEAD_BAR}"
-        bars.append((over, measured["median"], OVERHEAD_BAR, True))
-        if count == 256:
-            share = 1 - measured["median"]
-            bars.append((f"memory layers at 256, at most {LAYERS_BAR} of a step", share, LAYERS_BAR, False))
-        if count == 32:
-            bars.append((f"host over device time at {count}, at most {HOST_BAR}", host, HOST_BAR, False))
-    columns = (
-        "streams", "over none [95 %]", "decode tok/s / none", "engine tok/s", "TTFT ms / bare", "ITL ms p50, p99",
-        "none's step ms", "stall µs", "hits", "link GB/s / bare", "host / device",
-    )  # fmt: skip
-    session.table(f"sweep, {session.shape}", columns, rows)
+            over = f"memory over none at {count}, at least {OVERHEAD_BAR}"
+            bars.append((over, measured["median"], OVERHEAD_BAR, True))
+            if count == LAYERS_AT:
+                share = 1 - measured["median"]
+                bars.append((f"memory layers at {count}, at most {LAYERS_BAR} of a step", share, LAYERS_BAR, False))
+            if count == HOST_AT:
+                bars.append((f"host over device time at {count}, at most {HOST_BAR}", host, HOST_BAR, False))
+        if answers is not None:
+            least = figures["arms"]["none"] if figures is not None else None
+            streamed.append(
+                (
+                    str(count),
+                    f"{answers['tokens_per_s']:.0f} / {least['tokens_per_s'] if least else 0:.0f}",
+                    f"{answers['ttft_ms']['p50']:.1f}, {answers['ttft_ms']['p99']:.1f} / {answers['prefill_ms']:.1f}",
+                    f"{answers['itl_ms']['p50']:.2f}, {answers['itl_ms']['p99']:.2f}",
+                    f"{least['step_us'] / 1e3 if least else 0:.2f}",
+                    f"{answers['host_share']:.2f}",
+                )
+            )
+    columns = ("sequences", "over none [95 %]", "µs / none's", "stall µs", "hits", "link GB/s / bare", "host / device")
+    session.table(f"decode steps with a memory, {session.shape}", columns, decode)
+    columns = ("streams", "tok/s / none's steps", "TTFT ms / bare prefill", "ITL ms", "/ none's step", "host / wall")
+    session.table("the engine with a memory (p50, p99)", columns, streamed)
     session.bars(bars)

@@ -140,7 +140,9 @@ def pair(bench: Bench, name: str) -> Figures:
     )
     try:
         take_turns(arms, bench.wave, bench.pair_seconds, bench.session.device)
-        return compared(arms, "arm", beside, bench.sequences, bench.wave)
+        tables = bench.engrams(small=name in OVER_RESIDENT).made.values()
+        gib = sum(made.table.nbytes for made in tables) / (1 << 30)
+        return {**compared(arms, "arm", beside, bench.sequences, bench.wave), "table_gib": gib}
     finally:
         for memory in memories:
             memory.close()

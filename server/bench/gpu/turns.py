@@ -29,6 +29,8 @@ Counts = Callable[[], Sequence[LayerCounters]]
 
 
 class Arm(Protocol):
+    @property
+    def graphs(self) -> int: ...
     def enter(self, wave: int) -> None: ...
     def launch(self, step: int, count: int = 0) -> Launched: ...
 
@@ -81,6 +83,7 @@ class Turns:
             "host_step_us": float(np.median(self.host)) / steps * 1e6,
             "tokens_per_s": sequences / step_s,
             "waves": len(self.wall),
+            "graphs": self.arm.graphs,
         }
         return found | memory_figures(self.before, self.counts(), sum(self.wall), len(self.wall) * steps)
 

@@ -26,12 +26,14 @@ app = typer.Typer(name="gpu", help="Measure one GPU.", no_args_is_help=True, pre
 
 Device = Annotated[str, typer.Option(envvar="DEVICE", help="cuda, or cpu to try the command out")]
 Shape = Annotated[str, typer.Option(envvar="SHAPE", help="qwen3-4b, qwen3-8b or tiny")]
-Seconds = Annotated[float, typer.Option(min=1, help="of wall time that the command may take")]
+Seconds = Annotated[float, typer.Option(envvar="GPU_SECONDS", min=1, help="of wall time that the command may take")]
 Out = Annotated[Path, typer.Option(envvar="OUT", help="the folder of results")]
 Gib = Annotated[float, typer.Option(envvar="TABLE_GIB", min=0.001, help="of table; 93 are 100 billion parameters")]
 
 Sequences = Annotated[int, typer.Option(envvar="SEQUENCES", min=1, help="at once, at most")]
-PairSeconds = Annotated[float, typer.Option(min=0.1, help="of measuring each arm beside the other")]
+PairSeconds = Annotated[
+    float, typer.Option(envvar="PAIR_SECONDS", min=0.1, help="of measuring each arm beside the other")
+]
 
 
 @app.command()

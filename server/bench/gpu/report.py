@@ -130,6 +130,7 @@ def rows() -> list[Row]:
             value(lambda found: found["share"], "kernels", case=f"lookup, {name}"))
         for name, words, bar in lookups
     ]  # fmt: skip
+    peer = f"over transformers' continuous batching, {SEQUENCES} requests, at least {PEER_BAR}"
     layers = value(lambda found: 1 - found["arm_over_none"]["median"], "sweep", part="turns", concurrency=LAYERS_AT)
     host = value(host_share, "sweep", part="turns", concurrency=HOST_AT)
     return [

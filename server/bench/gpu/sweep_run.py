@@ -156,8 +156,8 @@ def show(session: Session, counts: tuple[int, ...], found: dict[str, Any]) -> No
                     f"{answers['host_share']:.2f}",
                 )
             )
-    columns = ("sequences", "over none [95 %]", "µs / none's", "stall µs", "hits", "link GB/s / bare", "host / device")
-    session.table(f"decode steps with a memory, {session.shape}", columns, decode)
+    steps = ("sequences", "over none [95 %]", "µs / none's", "stall µs", "hits", "link GB/s / bare", "host / device")
+    session.table(f"decode steps with a memory, {session.shape}", steps, decode)
     columns = ("streams", "tok/s / none's steps", "TTFT ms / bare prefill", "ITL ms", "/ none's step", "host / wall")
     session.table("the engine with a memory (p50, p99)", columns, streamed)
     session.bars(bars)

@@ -2,8 +2,8 @@
 
     python -m server.bench.gpu.transformers_peer '{"shape": …, "device": …, "sequences": …, "new_tokens": …}'
 
-Prints one line of JSON. The weights are ours, name by name. The same batch is answered twice by the same manager and the
-second time counts: what it does once at its start is left out, as it is for us.
+Prints one line of JSON. The weights are ours, name by name. The same batch is answered twice by the same manager and
+the second time counts: what it does once at its start is left out, as it is for us.
 """
 
 from __future__ import annotations

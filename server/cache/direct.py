@@ -147,7 +147,7 @@ class Observed(Generic[Beside]):
         self._pushed: list[tuple[Tensor, torch.cuda.Event | None, Beside]] = []
 
     def push(self, what: Beside) -> bool:
-        """Has the words copied in the current stream's order and keeps `what` beside them. False if the ring is full."""
+        """Has the words copied in the current stream's order, `what` kept beside them. False if the ring is full."""
         if not self._free:
             return False
         host = self._free.pop()

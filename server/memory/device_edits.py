@@ -60,7 +60,7 @@ class DeviceEdits:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        most: int = MOST_EDITS,
+        most: int,
     ) -> None:
         self.most, self.device = most, device
         self.layers = {

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.language import runs_on
 from server.batch import Bools, DecodeBatch, Ints
 from server.memory.attached import AttachedPack
-from server.memory.device_edits import DeviceEdits
+from server.memory.device_edits import MOST_EDITS, DeviceEdits
 from server.memory.device_layer import Fused, conv_read, fused
 from server.memory.device_rows import DeviceRows, Identity, Pack
 from server.memory.memories import Memories
@@ -111,7 +111,7 @@ class DeviceMemory:
         self.rows = DeviceRows(self.packs, memories.prefetcher, max_num_seqs)
         memories.direct = self.rows
         engram = [pack for pack in self.packs if isinstance(pack, AttachedPack) and pack.id in self.rows.served]
-        self.edits = DeviceEdits(engram, max_num_seqs, staging.dtype, self.device)
+        self.edits = DeviceEdits(engram, max_num_seqs, staging.dtype, self.device, MOST_EDITS)
         self._stem = {pack.id for pack in self.packs if isinstance(pack, StemPack)}
         with torch.inference_mode(False):
             self.sequence_of = torch.arange(max_num_seqs, device=self.device)

@@ -135,12 +135,7 @@ def rows() -> list[Row]:
     host = value(host_share, "sweep", part="turns", concurrency=HOST_AT)
     return [
         *made,
-        Row(
-            f"over transformers' continuous batching, {SEQUENCES} requests, at least {PEER_BAR}",
-            PEER_BAR,
-            True,
-            over_peer,
-        ),
+        Row(peer, PEER_BAR, True, over_peer),
         Row(f"memory layers at {LAYERS_AT}, at most {LAYERS_BAR} of a step", LAYERS_BAR, False, layers),
         Row(f"host over device time at {HOST_AT}, at most {HOST_BAR}", HOST_BAR, False, host),
         Row("decode steps captured whole: no wait for the host in them", 1.0, True, captured),

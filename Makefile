@@ -114,7 +114,7 @@ $(BENCHES:%=bench-%): bench-%: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
 	$(BIN)/engram-server bench $* --json build/bench/$*.json
 
-# One GPU, on a machine that need not have this project's environment: torch, Triton, transformers and typer will do.
+# One GPU, on a machine that need not have this project's environment: torch, Triton, transformers and rich will do.
 # DEVICE, SHAPE, ARMS, TABLE_GIB, SEQUENCES and OUT reach the command as variables; docs/gpu.md says what they are.
 GPU_PYTHON ?= python3
 GPU_VERBS  := test kernels table sweep baseline report

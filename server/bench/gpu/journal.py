@@ -3,8 +3,8 @@
     build/gpu/gpu.json    {"format": 1, "runs": {key: {verb, config, commit, command, device, figures, …}}}
 
 A measurement is named by device, commit, verb and configuration: what is there already is not measured again, so that
-a command cut short by its budget goes on where it stopped. Written whole after every measurement, never half; copied to
-the folder of results where that is another one. Knows nothing of what the figures mean.
+a command cut short by its budget goes on where it stopped. Written whole after every measurement, never half, and
+also to the folder of results where that is another one. Knows nothing of what the figures mean.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Journal:
         self.runs: dict[str, Any] = {}
         for path in self.paths:
             self.runs |= read(path)
-        self.new = 0
+        if self.runs:
+            self._write()  # the folder of results may be a fresh one
 
     def key(self, verb: str, config: Mapping[str, Any]) -> str:
         named = [self.device["gpu"], self.device["commit"], verb, dict(config)]
@@ -64,7 +65,6 @@ class Journal:
         return None if run is None else run["figures"]
 
     def add(self, verb: str, config: Mapping[str, Any], figures: Figures, seconds: float) -> None:
-        self.new += 1
         self.runs[self.key(verb, config)] = {
             "verb": verb,
             "config": dict(config),
@@ -72,6 +72,9 @@ class Journal:
             "device": self.device,
             "figures": figures,
         }
+        self._write()
+
+    def _write(self) -> None:
         for path in self.paths:
             write_json(path, {"format": FORMAT, "runs": self.runs})
 

@@ -1,4 +1,4 @@
-"""A machine with torch, Triton, transformers and typer, and without what the API and the test suite need."""
+"""A machine with torch, Triton, transformers and rich, and without what the API and the test suite need."""
 
 from __future__ import annotations
 

@@ -129,6 +129,7 @@ def test_a_journal_knows_only_what_was_measured_on_its_device_at_its_commit(tmp_
     journal = Journal(tmp_path / "out", device, home=tmp_path / "home")
     journal.add("table", {"arm": "direct"}, {"x": 1}, 2.0)
     again = Journal(tmp_path / "elsewhere", device, home=tmp_path / "home")
+    assert len(read(tmp_path / "elsewhere/gpu.json")) == 1  # a fresh folder of results has them all
     assert again.find("table", {"arm": "direct"}) == {"x": 1} and again.find("table", {"arm": "staged"}) is None
     other = Journal(tmp_path / "out", {**device, "commit": "2"}, home=tmp_path / "home")
     assert other.find("table", {"arm": "direct"}) is None

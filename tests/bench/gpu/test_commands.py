@@ -77,7 +77,7 @@ def test_a_command_leaves_for_the_next_run_what_its_time_does_not_allow(tmp_path
     flags = ("--only", "lookup, m")
     done = run(tmp_path, "-m", "server.bench.gpu", "kernels", *TINY, *flags, GPU_SECONDS="1")
     assert "left for the next run: shape tiny" in done.stdout and not (tmp_path / "build").exists()
-    said, runs = command(tmp_path, "kernels", *flags)
+    _, runs = command(tmp_path, "kernels", *flags)
     assert runs_of(runs) == {"lookup, misses", "lookup, mixed"}
 
 

@@ -7,6 +7,7 @@ later, unrelated call. Registered memory counts as pinned for torch and for Trit
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ def register(address: int, nbytes: int) -> None:
 
 
 def unregister(address: int) -> None:
-    """Undoes `register` of the same address. Raises OSError."""
+    """Undoes `register` of the same address, once nothing on the device reads it any more. Raises OSError."""
+    with suppress(RuntimeError):  # of a device that broke, and reads nothing
+        torch.cuda.synchronize()
     _check(_driver().cuMemHostUnregister(ctypes.c_void_p(address)))
 
 

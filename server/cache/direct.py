@@ -29,17 +29,6 @@ from server.cache.row_types import Float8, Plain
 PROGRAMS = 64
 
 
-def transport(table: Table, device: torch.device) -> tuple[str, str]:
-    """("direct" | "staged", why): whether the device can read the table's rows itself."""
-    if isinstance(table, DeviceTable):
-        return "direct", "its rows lie on the device"
-    if not isinstance(table, PinnedTable):
-        return "staged", "a GPU cannot read a mapped file itself"
-    if device.type == "cpu":
-        return "direct", "its rows lie in RAM, and so does the model"
-    return ("direct", "the GPU reads registered memory") if table.registered else ("staged", table.note)
-
-
 def row_format(table: Table) -> RowFormat:
     kind = table.row_type
     if isinstance(kind, Plain):
@@ -167,13 +156,11 @@ class Observed(Generic[Beside]):
 
 
 def with_direct(
-    counted: Sequence[LayerCounters],
-    fresh: Sequence[LayerCounters],
-    tables: Sequence[DirectTable],
-    counts: Sequence[Ids],
+    counted: Sequence[LayerCounters], tables: Sequence[DirectTable], counts: Sequence[Ids]
 ) -> tuple[LayerCounters, ...]:
-    """`counted` with what direct lookups add; `fresh`: what tables that were never fetched from begin with."""
-    found = {(c.table, c.layer): c for c in (*fresh, *counted)}
+    """`counted` with what direct lookups add to those of its tables; counts[O, 2] of each table."""
+    found = {(counters.table, counters.layer): counters for counters in counted}
     for table, seen in zip(tables, counts, strict=True):
-        found[table.key] = table.counted(found[table.key], seen)
+        if table.key in found:
+            found[table.key] = table.counted(found[table.key], seen)
     return tuple(found.values())

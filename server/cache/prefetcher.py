@@ -144,7 +144,7 @@ class Prefetcher:
         return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
 
     def between_fetches(self, job: Job) -> None:
-        """Has `job` done by the thread that fetches, after what is queued now, or by `settle`; dropped after `close`."""
+        """Has `job` done by the thread that fetches, after what is queued, or by `settle`; dropped after `close`."""
         with self._lock:
             if not self._closed:
                 (self._queue if self._mirrored is None else self._jobs).put(job)

@@ -97,9 +97,21 @@ class DeviceStep:
             torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Views:
+    """The views of a step's tokens: sees[K, B], the packs they name, (token, the last place that is redirected) of those
+    that read a token-id table, and whether their edits can be read on the device."""
+
+    views: list[MemoryView]
+    sees: Bools
+    packs: frozenset[Identity]
+    redirected: list[tuple[int, int]]
+    fits: bool
+
+
 class DeviceMemory:
-    """`max_num_seqs`: the most tokens of a step. Packs attached later are not served. `use_kernels`: consume rows by
-    the fused kernels where they know the form; None: where they run.
+    """`max_num_seqs`: the most tokens of a step, dummies included. Packs attached later are not served. `use_kernels`:
+    consume rows by the fused kernels where they know the form; None: where they run.
 
     All methods belong to the thread that launches; `prepare` and `between` to the stream it launches on.
     """
@@ -115,10 +127,16 @@ class DeviceMemory:
         self._stem = {pack.id for pack in self.packs if isinstance(pack, StemPack)}
         with torch.inference_mode(False):
             self.sequence_of = torch.arange(max_num_seqs, device=self.device)
+        self._seen = self._prepared = self._looked(())
         kernels = runs_on(self.sequence_of) if use_kernels is None else use_kernels
         self.fused = fused_layers(engram) if kernels else {}
         cuda = self.device.type == "cuda"
         self._side = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection it replaces."""
+        return frozenset(layer for _, pack, layer in self.rows.in_layer_order() if isinstance(pack, StemPack))
 
     # ── on the host ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,28 +145,47 @@ class DeviceMemory:
         redirects that lie behind from those ahead (None: any redirect is ahead)."""
         if len(views) > self.max_num_seqs:
             return False
-        identities = {identity for view in {id(view): view for view in views}.values() for identity in view.packs}
-        if not all(self.rows.can_read(identity) for identity in identities):
+        seen = self._look(views)
+        if not seen.fits or not all(self.rows.can_read(identity) for identity in seen.packs):
             return False
-        for number, view in enumerate(views):
-            if view.redirects and not self._stem.isdisjoint(view.packs):
-                last = max(position for position, _ in view.redirects)
-                if positions is None or last >= positions[number]:
-                    return False
-        return self.edits.fit(views)
+        return all(positions is not None and last < positions[token] for token, last in seen.redirected)
 
     def sees(self, views: Sequence[MemoryView]) -> Bools:
-        """[K, B], `DecodeBatch.sees`."""
-        packs = [pack.id for pack in self.packs]
-        return np.array([[identity in view.packs for view in views] for identity in packs], bool).reshape(
-            len(packs), len(views)
-        )
+        """[K, B], `DecodeBatch.sees`; not to be changed."""
+        return self._look(views).sees
 
     def prepare(self, views: Sequence[MemoryView], askers: Ints | None = None) -> None:
         """Before each launch, on its stream: writes what varies. `views`: of the real tokens, which come first;
         askers[B]: which request each is of, where hot lists are kept."""
-        self.edits.write(views)
-        self.rows.expect(self.sees(views), askers)
+        seen = self._look(views)
+        if seen is not self._prepared:
+            self.edits.write(views)
+            self._prepared = seen
+        self.rows.expect(seen.sees, askers)
+
+    def _look(self, views: Sequence[MemoryView]) -> Views:
+        """What the host needs to know of these views; most steps have those of the step before."""
+        if self._seen.views != list(views):
+            self._seen = self._looked(views)
+        return self._seen
+
+    def _looked(self, views: Sequence[MemoryView]) -> Views:
+        distinct = {id(view): view for view in views}
+        place = {number: index for index, number in enumerate(distinct)}
+        sees = np.array([[pack.id in view.packs for view in distinct.values()] for pack in self.packs], bool)
+        of_view = [place[id(view)] for view in views]
+        redirected = [
+            (token, max(position for position, _ in view.redirects))
+            for token, view in enumerate(views)
+            if view.redirects and not self._stem.isdisjoint(view.packs)
+        ]
+        return Views(
+            list(views),
+            sees.reshape(len(self.packs), len(distinct))[:, of_view],
+            frozenset(identity for view in distinct.values() for identity in view.packs),
+            redirected,
+            self.edits.fit(list(distinct.values())),
+        )
 
     def between(self, batch: DecodeBatch) -> None:
         """After a launch, on its stream, without waiting: what the step looked up begins to be copied, and what earlier

@@ -20,11 +20,12 @@ from torch import Tensor
 from server.batch import Bools, DecodeBatch, Ints
 from server.cache.counters import LayerCounters
 from server.cache.device_table import DeviceTable
-from server.cache.direct import DirectTable, Observed, transport, with_direct
+from server.cache.direct import DirectTable, Observed, with_direct
 from server.cache.hot_rows import HotRows
 from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
 from server.cache.tally import Tally
+from server.cache.transport import transport
 from server.memory.attached import AttachedPack
 from server.memory.device_address import DeviceAddresses
 from server.memory.stem import StemPack
@@ -131,17 +132,18 @@ class DeviceRows:
         self._prefetcher.settle(self._learn)
 
     def counted(self, fetched: Sequence[LayerCounters]) -> tuple[LayerCounters, ...]:
-        """`fetched` with what was looked up here, as far as it is known: the last step or two may be missing."""
+        """`fetched`, and what was looked up here in the same tables and in those in RAM that nothing was fetched from:
+        as far as it is known, the last step or two may be missing."""
         self._take()
         tables = [direct for served in self.served.values() for direct in served.tables.values()]
         known, hot = {(counters.table, counters.layer) for counters in fetched}, self._prefetcher.hot
         fresh = [
             Tally(*direct.key, direct.table.row_bytes, direct.orders).snapshot(hot)
             for direct in tables
-            if direct.key not in known
+            if direct.key not in known and not isinstance(direct.table, DeviceTable)
         ]
         ends = np.cumsum([len(direct.orders) for direct in tables])
-        return with_direct(fetched, fresh, tables, np.split(self._counted, ends[:-1]) if tables else [])
+        return with_direct([*fetched, *fresh], tables, np.split(self._counted, ends[:-1]) if tables else [])
 
     def _take(self) -> None:
         for words, step in self.observed.poll():
@@ -179,7 +181,7 @@ class DeviceRows:
     # ── inside ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _reads(self, pack: Pack) -> bool:
-        return all(self.transports[table.name][0] == "direct" for table in pack.tables.values())
+        return all(self.transports[table.name].direct for table in pack.tables.values())
 
     def _direct(self, pack: Pack, layer: int, line: int) -> DirectTable:
         table, addresser, hot = pack.tables[layer], pack.addresser, self._prefetcher.hot

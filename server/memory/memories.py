@@ -253,6 +253,11 @@ class Memories:
             if pack.id in view.packs:
                 self._pager.submit(ask_for_pages, pack, windows, blocked, self._paged)
 
+    def fetched(self) -> tuple[LayerCounters, ...]:
+        """What was read so far of tables that are not on the device, by fetches and by the device itself."""
+        found = self.prefetcher.counters()
+        return found if self.direct is None else self.direct.counted(found)
+
     def counters(self) -> tuple[LayerCounters, ...]:
         """What was read so far, per table: by fetches, from tables on the device, and by the device itself."""
         on_device = [

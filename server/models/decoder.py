@@ -37,9 +37,12 @@ class MemoryStep(Protocol):
     """One step's memory: the rows on their way, and the layers that will read them."""
 
     @property
-    def layers(self) -> frozenset[int]: ...
+    def layers(self) -> frozenset[int]:
+        """The layers to which something is added."""
+
     @property
-    def up_layers(self) -> frozenset[int]: ...
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection is replaced."""
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""
@@ -194,13 +197,13 @@ class Decoder(nn.Module):
         for name, tensor in tensors:
             if any(part in name for part in INTERLEAVED):
                 tensor = interleave(tensor, self.config.head_dim)
-            slot = self.slot(name)
+            slot = self._slot(name)
             if slot is not None:
                 slot.copy_(tensor)
                 if name.endswith("norm.weight"):
                     slot.add_(self.config.features.norm_offset)
 
-    def slot(self, name: str) -> Tensor | None:
+    def _slot(self, name: str) -> Tensor | None:
         """Where a tensor goes; None for an up-projection that this model does without."""
         if name == "model.embed_tokens.weight":
             return self.embed

@@ -44,6 +44,10 @@ class DeviceMemoryStep(MemoryStep, Protocol):
 class DeviceMemory(Protocol):
     """The packs whose rows are looked up within a decode step. K packs, in the order of attachment."""
 
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection it replaces."""
+
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
         """Whether a decode step of these views, at positions[B], can be done wholly on the device."""
 
@@ -148,7 +152,9 @@ class DecodeSteps:
                 self._capture(bucket, stream)
                 if progress is not None:
                     progress(done, len(self.buckets))
-        except torch.cuda.OutOfMemoryError as error:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             self.give_up_graphs()
             raise CapacityError(no_room(bucket, self.most, free)) from error
         self.capture_seconds = time.perf_counter() - begun
@@ -251,14 +257,23 @@ class DecodeSteps:
         if memory is not None:
             memory.join()
 
+    @torch.inference_mode()
     def write_tokens(self, rows: Ints, positions: Ints, ids: Ints) -> None:
         """rows[M], positions[M], ids[M] into the token table. Of a fresh sequence the last `window` ids are enough."""
         row, column, token = torch.from_numpy(np.stack((rows, self.pad + positions, ids))).to(self.device)
         self.tokens.index_put_((row, column), token)
 
+    @torch.inference_mode()
     def write_blocks(self, rows: Ints, blocks: Ints) -> None:
         """blocks[M, N], padded with block 0, into rows[M] of the block table: of sequences that did not decode here."""
         self.blocks.index_copy_(0, torch.from_numpy(rows).to(self.device), torch.from_numpy(blocks).to(self.device))
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether device memory ran out, also where the capture's own end failed after that."""
+    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def no_room(bucket: int, most: int, free: int) -> str:

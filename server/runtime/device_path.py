@@ -71,7 +71,7 @@ class DevicePath:
         """Decode steps, captured if `graphs`; None where there is no paged attention."""
         if not isinstance(attention, PagedBackend):
             return None
-        if model.without_up and memory is None:
+        if not model.without_up <= (memory.up_layers if memory is not None else frozenset()):
             self._note("decode steps run eagerly: a memory that stands in for up-projections is read on the host")
             return None
         device = attention.device

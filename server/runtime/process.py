@@ -20,6 +20,7 @@ from typing import Any
 from server.errors import EngramError, PackError
 from server.logs import configure
 from server.memory.compression import compression_map
+from server.memory.device_memory import DeviceMemory
 from server.runtime.attach import MemoryChanges
 from server.runtime.blocks import BlockPool
 from server.runtime.device_runner import DeviceRunner
@@ -79,7 +80,8 @@ def build_runner(settings: Settings, loaded: Loaded) -> Runner:
     if path is not None:
         window = loaded.memories.window if loaded.memories is not None else 1
         graphs = settings.cuda_graphs == "on"
-        steps = path.build(loaded.model, loaded.attention, None, **sizes, window=window, graphs=graphs)
+        memory = DeviceMemory(loaded.memories, settings.max_num_seqs) if path.paged and loaded.memories else None
+        steps = path.build(loaded.model, loaded.attention, memory, **sizes, window=window, graphs=graphs)
     arguments = loaded.model, loaded.attention, loaded.memories
     if steps is None:
         return Runner(*arguments, **sizes, device=loaded.device)

@@ -1,4 +1,4 @@
-"""The same decode steps for the host's path and the device's: ragged sequences, blocks far apart, dummies at the end."""
+"""The same decode steps for the host and for the device: ragged sequences, blocks far apart, dummies at the end."""
 
 from __future__ import annotations
 

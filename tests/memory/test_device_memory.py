@@ -313,7 +313,8 @@ def test_a_pack_the_device_cannot_read_goes_the_hosts_way_and_the_others_are_ser
 ) -> None:
     memories = memories_of(tiny_llama_folder, [pack_a, pack_b], placement=("p0=pinned", "p1/3=mapped"))
     device = DeviceMemory(memories, 4)
-    assert [transport for transport, _ in device.rows.transports.values()] == ["direct", "direct", "staged", "staged"]
+    direct = {name: transport.direct for name, transport in device.rows.transports.items()}
+    assert direct == {"p0/1": True, "p0/3": True, "p1/1": False, "p1/3": False}
     assert device.serves([view_of(memories, 0), BARE]) and not device.serves([BARE, view_of(memories, 0, 1)])
     assert device.sees([view_of(memories, 0), BARE]).tolist() == [[True, False], [False, False]]
     assert not device.serves([BARE] * 5)

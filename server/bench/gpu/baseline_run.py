@@ -41,6 +41,7 @@ class Baseline(Bench):
 
 
 def run(session: Session, sequences: int, pair_seconds: float) -> dict[str, Any]:
+    """Raises StepFailed, after all else is printed, if transformers cannot answer."""
     bench = Baseline(session, 0.0, sequences, pair_seconds)
     base = {"shape": session.shape}
     found: dict[str, Any] = {}
@@ -58,8 +59,14 @@ def run(session: Session, sequences: int, pair_seconds: float) -> dict[str, Any]
     measured("ours", {"engine": "ours", **asked}, partial(ours, bench), SETUP_SECONDS + 60)
     bench.made.clear()
     released(session.device)
-    measured("transformers", {"engine": "transformers", **asked}, partial(peer, bench), PEER_SECONDS)
+    failed: StepFailed | None = None
+    try:
+        measured("transformers", {"engine": "transformers", **asked}, partial(peer, bench), PEER_SECONDS)
+    except StepFailed as error:
+        failed = error
     show(session, found)
+    if failed is not None:
+        raise failed
     return found
 
 

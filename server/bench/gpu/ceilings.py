@@ -10,7 +10,8 @@ The read kernels try several grid sizes and keep the best: a ceiling must not be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def copy_bandwidth(device: torch.device) -> float:
     size = COPY_BYTES if device.type == "cuda" else TINY_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / median_seconds(lambda: target.copy_(source), device, cold=False)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device, cold=False, graph=False)
 
 
 def engine_bandwidth(host: Tensor, device: torch.device) -> float:
@@ -35,7 +36,8 @@ def engine_bandwidth(host: Tensor, device: torch.device) -> float:
     rows = min(len(host), max(1, (ENGINE_BYTES if device.type == "cuda" else TINY_BYTES) // host.shape[1]))
     source = host[:rows]
     target = torch.empty(source.shape, dtype=torch.uint8, device=device)
-    return source.nbytes / median_seconds(lambda: target.copy_(source, non_blocking=True), device, cold=False)
+    work = partial(target.copy_, source, non_blocking=True)
+    return source.nbytes / median_seconds(work, device, cold=False, graph=False)
 
 
 def stream_bandwidth(host: Tensor, device: torch.device) -> float:
@@ -77,7 +79,3 @@ def random_ids(rows: int, count: int, device: torch.device, seed: int = 0) -> Te
     """int64[count] below `rows`, evenly."""
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.randint(0, rows, (count,), generator=generator, device=device)
-
-
-def gigabytes(bandwidths: Iterable[tuple[str, float]]) -> dict[str, float]:
-    return {f"{name}_gb_per_s": value / 1e9 for name, value in bandwidths}

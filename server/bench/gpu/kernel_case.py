@@ -24,7 +24,7 @@ BITS = "to the bit"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What cases are sized by: a model, T tokens of a step, B sequences of C tokens of context each."""
+    """What cases are sized by: a model, T tokens of a step, B sequences of C tokens of context each, cached rows."""
 
     model: ModelConfig
     dtype: torch.dtype
@@ -33,6 +33,7 @@ class Sizes:
     context: int
     device: torch.device
     generator: torch.Generator
+    cache_bytes: int = 1 << 20
 
     @property
     def memory_width(self) -> int:

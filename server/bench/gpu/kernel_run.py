@@ -79,7 +79,8 @@ def sizes(session: Session, seed: int) -> Sizes:
     config = config_of(session.shape)
     generator = torch.Generator(device=session.device).manual_seed(seed)
     counts = (64, 6, 70) if session.tiny else (TOKENS, SEQUENCES, CONTEXT)
-    return Sizes(config, dtype_of(config, session.device), *counts, session.device, generator)
+    cache = 1 << (20 if session.tiny else 30)
+    return Sizes(config, dtype_of(config, session.device), *counts, session.device, generator, cache)
 
 
 def cases(room: Room) -> dict[str, Callable[[Sizes], Case]]:

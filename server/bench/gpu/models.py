@@ -85,11 +85,11 @@ def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Matrices N(0, 0.02²), vectors as they are: norms are ones and biases zeros."""
+    """Matrices N(0, 0.02²); norms stay ones and biases what they are."""
     device = next(module.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1 and "norm" not in name:
             parameter.normal_(0.0, SIGMA, generator=generator)
 
 

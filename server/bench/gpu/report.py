@@ -18,7 +18,7 @@ from server.bench.gpu.device import ROOT
 from server.bench.gpu.journal import FORMAT, read
 from server.bench.gpu.kernel_run import HITS_BAR, MISSES_BAR
 from server.bench.gpu.session import met
-from server.bench.gpu.sweep_run import CONCURRENCY, HOST_AT, HOST_BAR, LAYERS_AT, LAYERS_BAR, OVERHEAD_BAR
+from server.bench.gpu.sweep_run import CONCURRENCY, HOST_AT, HOST_BAR, LAYERS_AT, LAYERS_BAR, OVERHEAD_BAR, host_share
 from server.bench.gpu.table_run import BARS, OVER_NONE, OVER_RESIDENT, SEQUENCES
 from server.bench.gpu.tables import TABLE_GIB
 from server.bench.paired import write_json
@@ -93,14 +93,18 @@ def over_peer(runs: Runs) -> Found:
 
 
 def captured(runs: Runs) -> Found:
-    """A step that waits for the host cannot be captured."""
-    graphs = [arm["graphs"] for run in runs for arm in run["figures"].get("arms", {}).values() if "graphs" in arm]
+    """A step that waits for the host cannot be captured; staged rows need none."""
+    whole = [run["figures"].get("arms", {}) for run in runs if run["config"].get("arm") != "staged"]
+    graphs = [arm["graphs"] for arms in whole for arm in arms.values() if "graphs" in arm]
     return (float(min(graphs)), f"{min(graphs)} graphs") if graphs else None
 
 
-def host_share(found: Mapping[str, Any]) -> float:
-    arm = found["arms"]["arm"]
-    return float(arm["host_step_us"] / arm["device_step_us"])
+def host(runs: Runs) -> Found:
+    turned, streamed = (figures(runs, "sweep", part=part, concurrency=HOST_AT) for part in ("turns", "streams"))
+    if turned is None or streamed is None:
+        return None
+    share = host_share(dict(turned), dict(streamed))
+    return share, f"{share:.2f}"
 
 
 def rows() -> list[Row]:
@@ -132,7 +136,6 @@ def rows() -> list[Row]:
     ]  # fmt: skip
     peer = f"over transformers' continuous batching, {SEQUENCES} requests, at least {PEER_BAR}"
     layers = value(lambda found: 1 - found["arm_over_none"]["median"], "sweep", part="turns", concurrency=LAYERS_AT)
-    host = value(host_share, "sweep", part="turns", concurrency=HOST_AT)
     return [
         *made,
         Row(peer, PEER_BAR, True, over_peer),

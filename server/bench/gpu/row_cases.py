@@ -29,7 +29,7 @@ from server.cache.row_types import RowType
 from server.memory.addressing import NGramAddresser, from_config, windows_of
 
 WAYS = 32
-SPARE_SETS = 4  # sets a test's cache has for each that its entries would fill
+SPARE_SETS = 4  # sets of the cache, at least, for each that its entries would fill
 TYPES = {"bfloat16": DIM, "int8": DIM, "float8_e4m3": DIM, "float8_e4m3_e8m0": 256}  # values a row
 MANY_ROWS = 4096
 
@@ -44,7 +44,8 @@ class Wanted:
         self.row_ids = random_ids(len(table), self.count * HEADS, device).view(sizes.tokens, -1)
         self.keys = (torch.arange(self.count, device=device) * 1_000_003 + 17).view(-1, len(ORDERS))
         self.owners = torch.arange(len(ORDERS), device=device)
-        sets, entry = -(-self.count // WAYS) * SPARE_SETS, HEADS * table.shape[1]
+        entry = HEADS * table.shape[1]
+        sets = max(sizes.cache_bytes // (WAYS * entry), -(-self.count // WAYS) * SPARE_SETS)
         self.tags = HotTags(
             torch.zeros(sets, WAYS, dtype=torch.int64, device=device),
             torch.full((sets, WAYS), -1, dtype=torch.int64, device=device),

@@ -67,7 +67,7 @@ def engine_of(scene: Scene, model: Decoder, memory: Memory | None) -> Overlapped
 
 @dataclass(slots=True)
 class Streams:
-    """`prompts` go round. Times in seconds; `busy`: the host's own work, waiting for tokens left out."""
+    """`prompts` go round. Times in seconds; `busy`: of every step the host's own work, waiting for tokens left out."""
 
     engine: OverlappedEngine
     prompts: Sequence[Ints]
@@ -77,8 +77,7 @@ class Streams:
     itl: list[float] = field(default_factory=list)
     tokens: int = 0
     wall: float = 0.0
-    busy: float = 0.0
-    steps: int = 0
+    busy: list[float] = field(default_factory=list)
     _asked: dict[str, float] = field(default_factory=dict)
     _last: dict[str, float] = field(default_factory=dict)
     _number: int = 0
@@ -87,18 +86,17 @@ class Streams:
         """So many streams for about so many seconds, or so many requests in all and to their end."""
         device_steps = self.engine.runner.steps
         assert isinstance(device_steps, ForcedSteps)
-        begun, waited = time.perf_counter(), device_steps.waited
+        begun = time.perf_counter()
         for _ in range(streams):
             self._submit()
         while self._asked:
             over = self._number >= requests if requests else time.perf_counter() > begun + seconds
-            ended = self._step()
+            ended = self._step(device_steps)
             for _ in range(0 if over else ended):
                 self._submit()
             if over and not requests:
                 break
         self.wall = time.perf_counter() - begun
-        self.busy = self.wall - (device_steps.waited - waited)
         for name in list(self._asked):
             self.engine.abort(name)
         while self.engine.scheduler.running or self.engine.scheduler.waiting:
@@ -111,11 +109,12 @@ class Streams:
         self._asked[name] = time.perf_counter()
         self.engine.submit(Submit(name, tuple(prompt.tolist()), params, self.packs))
 
-    def _step(self) -> int:
+    def _step(self, device_steps: ForcedSteps) -> int:
         """One step; how many answers ended."""
+        begun, waited = time.perf_counter(), device_steps.waited
         outputs, ended = self.engine.step().outputs, 0
         now = time.perf_counter()
-        self.steps += 1
+        self.busy.append(now - begun - (device_steps.waited - waited))
         for output in outputs:
             if output.error is not None:
                 raise output.error
@@ -141,8 +140,8 @@ class Streams:
             "tokens_per_s": self.tokens / self.wall,
             "ttft_ms": {"p50": float(np.percentile(ttft, 50)), "p99": float(np.percentile(ttft, 99))},
             "itl_ms": {"p50": float(np.percentile(itl, 50)), "p99": float(np.percentile(itl, 99))},
-            "host_share": self.busy / self.wall,
-            "steps": self.steps,
+            "host_step_us": float(np.median(self.busy)) * 1e6,
+            "steps": len(self.busy),
             "answers_begun": len(self.ttft),
         }
 

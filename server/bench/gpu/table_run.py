@@ -202,10 +202,11 @@ def show(session: Session, found: dict[str, Any]) -> None:
                 f"{arm['tokens_per_s']:.0f}",
                 f"{arm.get('hit_rate', 0):.3f}",
                 f"{arm.get('link_gb_per_s', 0):.2f}",
-                f"{arm.get('stall_us', 0):.0f}",
+                f"{figures['added_us']:.0f}",
+                f"{arm['stall_us']:.0f}" if name == "staged" else "–",
             )
         )
         bars.append((f"{name} over {beside}, at least {BARS[beside]:.2f}", measured["median"], BARS[beside], True))
-    columns = ("arm", "throughput [95 %]", "µs beside", "µs", "tokens/s", "hits", "link GB/s", "stall µs")
+    columns = ("arm", "throughput [95 %]", "µs beside", "µs", "tokens/s", "hits", "link GB/s", "added µs", "stall µs")
     session.table(f"memory in host RAM, {session.shape}", columns, rows)
     session.bars(bars)

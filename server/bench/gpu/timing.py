@@ -1,8 +1,8 @@
 """Seconds that a piece of work takes on the device: warmed up, captured once, replayed, the median of many.
 
 CUDA: the work becomes a graph, so that what the host needs to launch it does not count, and work that waits for the
-host cannot be measured at all: its capture fails. Events stand before and after each replay; the L2 cache is
-overwritten between them where a step would find its data cold. CPU: the clock around each call.
+host cannot be measured at all: its capture fails. Long work may go without. Events stand before and after each run; the
+L2 cache is overwritten between them where a step would find its data cold. CPU: the clock around each call.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ WARM, REPEATS = 3, 31
 Work = Callable[[], object]
 
 
-def median_seconds(work: Work, device: torch.device, *, cold: bool = True, repeats: int = REPEATS) -> float:
-    """`cold`: with the L2 cache overwritten before each run. Raises torch's RuntimeError where work syncs."""
-    return statistics.median(all_seconds(work, device, cold=cold, repeats=repeats))
+def median_seconds(
+    work: Work, device: torch.device, *, cold: bool = True, graph: bool = True, repeats: int = REPEATS
+) -> float:
+    """`cold`: with the L2 cache overwritten before each run. `graph`: raises torch's RuntimeError where work syncs."""
+    return statistics.median(all_seconds(work, device, cold=cold, graph=graph, repeats=repeats))
 
 
-def all_seconds(work: Work, device: torch.device, *, cold: bool = True, repeats: int = REPEATS) -> list[float]:
+def all_seconds(work: Work, device: torch.device, *, cold: bool, graph: bool, repeats: int) -> list[float]:
     if device.type == "cpu":
         return [clocked(work) for _ in range(WARM + repeats)][WARM:]
-    replay = captured(work)
+    replay = captured(work) if graph else warmed(work)
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
     flushed = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
     pairs = [(event(), event()) for _ in range(repeats)]
@@ -38,13 +40,18 @@ def all_seconds(work: Work, device: torch.device, *, cold: bool = True, repeats:
     return [begun.elapsed_time(ended) / 1e3 for begun, ended in pairs]
 
 
+def warmed(work: Work) -> Work:
+    for _ in range(WARM):
+        work()
+    return work
+
+
 def captured(work: Work) -> Work:
     """The work as a graph's replay; it has run WARM times before, so that kernels are compiled."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM):
-            work()
+        warmed(work)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -29,6 +29,8 @@ TINY_BLOCKS = {"num_blocks": 64, "max_batch_tokens": 256}  # a CPU's memory is n
 def main(job: dict[str, Any]) -> dict[str, Any]:
     device, config = torch.device(job["device"]), config_of(job["shape"])
     model = model_of(job["shape"], backbone(config, 64, device), device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # its cache takes what is free
     lengths = drawn_lengths(job["sequences"], job["longest"])
     ids = Trace.stored().pieces(len(lengths), int(lengths.max()), config.vocab_size, languages=LANGUAGES, first=4099)
     prompts = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]

@@ -91,7 +91,8 @@ class Turns:
 def memory_figures(
     before: Sequence[LayerCounters], after: Sequence[LayerCounters], seconds: float, steps: int
 ) -> dict[str, float]:
-    """Hit rate, bytes over the link, seconds stalled, of tables between two moments; empty without tables."""
+    """Hit rate, bytes read of tables, seconds that the host's fetches stalled, between two moments; empty without
+    tables. What a step on the device waits for rows is within the time that an arm adds."""
     if not after:
         return {}
     known = {(c.table, c.layer): c for c in before}
@@ -133,5 +134,6 @@ def compared(arms: Mapping[str, Turns], a: str, b: str, sequences: int, steps: i
     return {
         "sequences": sequences,
         f"{a}_over_{b}": ratio(arms[b].wall, arms[a].wall).as_json(),
+        "added_us": float(np.median(np.array(arms[a].wall) - np.array(arms[b].wall))) / steps * 1e6,
         "arms": {name: turns.figures(sequences, steps) for name, turns in arms.items()},
     }

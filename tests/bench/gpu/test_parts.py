@@ -21,6 +21,7 @@ from server.bench.gpu.kernel_case import Sizes, judged
 from server.bench.gpu.kernel_run import cases
 from server.bench.gpu.models import backbone, config_of, engrams, stem_layers, weight_bytes, without_up
 from server.bench.gpu.scene import Scene, check_room, drawn_lengths
+from server.bench.gpu.session import clear_capacity
 from server.bench.gpu.tables import MadeUp, make, of_type, random_rows, table_bytes
 from server.bench.gpu.trace import Trace, spoken
 from server.errors import CapacityError, SettingsError
@@ -93,6 +94,16 @@ def test_sequences_that_do_not_fit_are_refused_with_the_number_that_does(monkeyp
     fits = int(str(refused.value).rpartition("SEQUENCES=")[2])
     assert 300 < fits < 512
     check_room(lengths[:fits], 8, 140_000, torch.device("cuda"))
+
+
+def test_device_memory_that_runs_out_names_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    for config, cure in (({"sequences": 512}, "set SEQUENCES=256"), ({"case": "norm"}, "take SHAPE=qwen3-4b")):
+        with (
+            pytest.raises(CapacityError, match=f"1.0 of 80.0 GiB were free; {cure}"),
+            clear_capacity(config),
+        ):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_the_papers_lengths_lie_between_100_and_1024() -> None:

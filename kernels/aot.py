@@ -15,6 +15,7 @@ from kernels import (
     memory_gate,
     ngram_hash,
     paged_attention,
+    reads,
     rms_norm,
     rotary,
     row_lookup,
@@ -56,6 +57,7 @@ def cases() -> Iterator[Case]:
         ),
     )
     yield from lookups()
+    yield from bare_reads()
     yield Case(
         "row_patch",
         row_patch.patch_kernel,
@@ -135,6 +137,18 @@ def cases() -> Iterator[Case]:
         paged_attention.prefill_kernel,
         ("*bf16", "*bf16", "*i64", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
         {**heads, "HEADS": 32, "BLOCK_Q": 64, "BLOCK": 64},
+    )
+
+
+def bare_reads() -> Iterator[Case]:
+    """Rows of 80 bytes, the paper's 80 values in fp8."""
+    yield Case("sum of words", reads.sum_kernel, ("*i32", "*i32", "i32"), dict(BLOCK=1024), vector="ld.global.v4")
+    yield Case(
+        "copy of rows",
+        reads.rows_kernel,
+        ("*i32", "*i64", "*i32", "i32"),
+        dict(WORDS=20, WORDS_PADDED=32, ROWS=16),
+        vector="ld.global.v4",
     )
 
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# tests/kernels: Triton decides when it is first imported, and transformers may import it.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# tests/kernels: Triton decides when it is first imported, and transformers may import it. With a GPU it compiles.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two threads on tiny tensors spend their time handing work over; and sums stay in one order.
 torch.set_num_threads(1)

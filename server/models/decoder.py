@@ -197,13 +197,13 @@ class Decoder(nn.Module):
         for name, tensor in tensors:
             if any(part in name for part in INTERLEAVED):
                 tensor = interleave(tensor, self.config.head_dim)
-            slot = self._slot(name)
+            slot = self.slot(name)
             if slot is not None:
                 slot.copy_(tensor)
                 if name.endswith("norm.weight"):
                     slot.add_(self.config.features.norm_offset)
 
-    def _slot(self, name: str) -> Tensor | None:
+    def slot(self, name: str) -> Tensor | None:
         """Where a tensor goes; None for an up-projection that this model does without."""
         if name == "model.embed_tokens.weight":
             return self.embed

@@ -99,7 +99,7 @@ class DeviceStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
-    """The views of a step's tokens: sees[K, B], the packs they name, (token, the last place that is redirected) of those
+    """The views of a step's tokens: sees[K, B], the packs they name, (token, last redirected place) of those
     that read a token-id table, and whether their edits can be read on the device."""
 
     views: list[MemoryView]

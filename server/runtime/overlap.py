@@ -4,8 +4,8 @@
     host     │ launch n+1 ─┤ read n, launch n+2 ─┤ read n+1 …
                            └ ends, stops, outputs of n
 
-A step is launched ahead only if nothing else could be done instead: all its sequences are plain, nobody waits for a
-place, blocks suffice. Whoever turns out to have ended in step n (a stop token, an abort) has one token too many
+A step is launched ahead only if nothing else could be done instead: all its sequences are plain, nobody who waits has
+a place, blocks suffice. Whoever turns out to have ended in step n (a stop token, an abort) has one token too many
 computed in step n + 1, which is discarded. Its blocks and its row are given back at once, while that step may still
 write to them: everything the device does is in one stream, so that whoever gets them next writes after it; and a block
 that step n + 1 writes to is not full before it, so nobody can have found it by its prefix. What reads tokens or logits
@@ -81,8 +81,7 @@ class OverlappedEngine(Engine):
     def _ahead(self, works: list[Work]) -> Flight | None:
         """The step after these works, launched; None if it has to wait for what they give."""
         scheduler, sequences = self.scheduler, [work.sequence for work in works]
-        full = len(scheduler.running) == scheduler.max_num_seqs
-        if self._constrained or (scheduler.waiting and not full) or len(scheduler.running) != len(works):
+        if self._constrained or scheduler.can_admit or len(scheduler.running) != len(works):
             return None
         if not self.runner.are_plain(sequences) or not self.runner.serves(works):
             return None

@@ -229,3 +229,16 @@ def test_a_row_taken_over_is_not_taken_for_the_one_before(folders: dict[str, str
         outputs_of(engine, [Submit("before", prompt_of(1, 9), first)])
         prompt = prompt_of(2, length)
         assert drive(engine, [prompt], max_tokens=4) == drive(eager["llama"], [prompt], max_tokens=4)
+
+
+def test_steps_are_launched_ahead_while_others_wait_for_blocks(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"], blocks=13, prefix_cache="off")
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    for i in range(3):
+        engine.submit(Submit(f"r{i}", prompt_of(i, 50), params))
+    ahead = 0
+    while engine.scheduler.waiting or not ahead:
+        before = engine.launched_ahead
+        engine.step()
+        ahead += engine.launched_ahead > before and bool(engine.scheduler.waiting)
+    assert ahead > 20

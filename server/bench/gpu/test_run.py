@@ -98,6 +98,7 @@ def done(command: Sequence[str], apart: bool, limit: float) -> tuple[int, str]:
     with tempfile.TemporaryDirectory(prefix="gpu-test-") as scratch:
         environment |= {
             "OUT": scratch,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
         try:

@@ -237,8 +237,20 @@ def test_steps_are_launched_ahead_while_others_wait_for_blocks(folders: dict[str
     for i in range(3):
         engine.submit(Submit(f"r{i}", prompt_of(i, 50), params))
     ahead = 0
-    while engine.scheduler.waiting or not ahead:
+    while not engine.idle:
         before = engine.launched_ahead
         engine.step()
         ahead += engine.launched_ahead > before and bool(engine.scheduler.waiting)
     assert ahead > 20
+
+
+def test_who_comes_while_a_step_is_in_flight_is_admitted_after_it(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"])
+    params = SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
+    engine.submit(Submit("a", prompt_of(1, 9), params))
+    for _ in range(4):
+        engine.step()
+    assert engine._flight is not None
+    engine.submit(Submit("b", prompt_of(2, 9), params))
+    told = [output.request_id for _ in range(2) for output in engine.step().outputs]
+    assert told == ["a", "a", "b"]

@@ -154,6 +154,27 @@ def test_what_enters_is_what_enters_on_the_hosts_path(cached: Callable[..., Memo
         assert ours.orders == theirs.orders and ours.rows == theirs.rows
 
 
+def test_large_steps_are_learned_from_now_and_then_and_counted_always(
+    cached: Callable[..., Memories], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.memory.device_rows.LEARNED", 4)  # a step looks 12 n-grams up
+    memories = cached()
+    device, learned = DeviceMemory(memories, 6), 0
+    remember = hot_of(memories).remember
+
+    def counted(*args: Any) -> None:
+        nonlocal learned
+        learned += len(args[0].slots)
+        remember(*args)
+
+    monkeypatch.setattr(hot_of(memories), "remember", counted)
+    list(steps_of(memories, device, tokens=60))
+    assert learned == 60 * 4
+    counters = of_layer(memories, 1)
+    check_counts(counters)
+    assert counters.rows == 60 * 3 * 8 and counters.device_hits > 0
+
+
 def test_token_id_rows_are_cached_too(cached: Callable[..., Memories], tmp_path: Path) -> None:
     table = torch.randn(49152, 160, generator=torch.Generator().manual_seed(5))
     memories = cached(64 * 640, pack=save_stem(tmp_path / "s", {2: table}, HIDDEN))

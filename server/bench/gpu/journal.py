@@ -23,7 +23,7 @@ from server.errors import SettingsError
 FORMAT = 1
 FILE = "gpu.json"
 HOME = Path("build/gpu")
-MOST_FILES, MOST_BYTES = 8, 16 << 20  # in the folder of results, and in each of its files
+MOST_BYTES = 16 << 20  # in one file of the folder of results
 
 Figures = dict[str, Any]
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -76,19 +77,8 @@ def pytest_command(folder: str) -> list[str]:
 
 def ran(session: Session, name: str, command: Sequence[str], out: Path) -> Figures:
     """Ends the job when the command's time is over. Its output is kept in a file."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"OUT": str((out / "sanitizer").resolve()), "PYTHONPATH": str(ROOT)}
     begun = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, timeout=max(session.budget.left, 1.0),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        words = error.stdout or b""
-        output = (words.decode(errors="replace") if isinstance(words, bytes) else words) + "\nended: out of time"
-        code = -1
+    code, output = done(command, name in TOOLS, max(session.budget.left, 1.0))
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{name.replace('/', '-')}.log"
     log.write_bytes(output.encode()[-MOST_BYTES:])
@@ -100,3 +90,23 @@ def ran(session: Session, name: str, command: Sequence[str], out: Path) -> Figur
         "last": last.strip(" =")[:100],
         "log": log.name,
     }
+
+
+def done(command: Sequence[str], apart: bool, limit: float) -> tuple[int, str]:
+    """Exit status and output. `apart`: in an empty folder, where no result of before makes it skip anything."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory(prefix="gpu-test-") as scratch:
+        environment |= {
+            "OUT": scratch,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }
+        try:
+            ran = subprocess.run(
+                command, cwd=scratch if apart else ROOT, env=environment, text=True, timeout=limit,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            words = error.stdout or b""
+            return -1, (words.decode(errors="replace") if isinstance(words, bytes) else words) + "\nended: out of time"
+    return ran.returncode, ran.stdout

@@ -91,8 +91,8 @@ class Turns:
 def memory_figures(
     before: Sequence[LayerCounters], after: Sequence[LayerCounters], seconds: float, steps: int
 ) -> dict[str, float]:
-    """Hit rate, bytes read of tables, seconds that the host's fetches stalled, between two moments; empty without
-    tables. What a step on the device waits for rows is within the time that an arm adds."""
+    """Hit rate, bytes read of tables, bytes over the host link, seconds that the host's fetches stalled, between two
+    moments; empty without tables. What a step on the device waits for rows is within the time that an arm adds."""
     if not after:
         return {}
     known = {(c.table, c.layer): c for c in before}
@@ -104,8 +104,9 @@ def memory_figures(
     rows = grown("rows")
     return {
         "hit_rate": grown("device_hits") / rows if rows else 0.0,
-        "link_gb_per_s": grown("bytes") / seconds / 1e9,
-        "link_bytes_per_step": grown("bytes") / steps,
+        "table_bytes_per_step": grown("bytes") / steps,
+        "link_bytes_per_step": grown("device_bytes") / steps,
+        "link_gb_per_s": grown("device_bytes") / seconds / 1e9,
         "stall_us": grown("stall_s") / steps * 1e6,
         "rows_per_step": rows / steps,
     }

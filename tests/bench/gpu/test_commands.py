@@ -18,7 +18,8 @@ TINY = ("--device", "cpu", "--shape", "tiny")
 
 def command(folder: Path, verb: str, *flags: str, **variables: str) -> tuple[str, dict[str, Any]]:
     """What a verb said, and the runs in its file."""
-    done = run(folder, "-m", "server.bench.gpu", verb, *TINY, "--out", "out", *flags, **variables)
+    tiny = TINY[:2] if verb == "test" else TINY
+    done = run(folder, "-m", "server.bench.gpu", verb, *tiny, "--out", "out", *flags, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((folder / "out/gpu.json").read_text())
     assert content == json.loads((folder / "build/gpu/gpu.json").read_text())
@@ -50,10 +51,11 @@ def test_arms_take_turns_and_what_is_measured_is_not_measured_again(tmp_path: Pa
     cached, staged = figures["direct-1g"], figures["staged"]
     assert 0 < cached["arms"]["arm"]["hit_rate"] < 1  # the second half of the text, after the first
     assert cached["arm_over_none"]["pairs"] >= 12 and staged["arms"]["arm"]["stall_us"] > 0
-    assert staged["arms"]["arm"]["link_bytes_per_step"] == pytest.approx(3 * 2 * 16 * 80)  # all rows of all layers
+    assert staged["arms"]["arm"]["table_bytes_per_step"] == pytest.approx(3 * 2 * 16 * 80)  # all rows of all layers
     said, runs = command(tmp_path, "table", *flags, ARMS="direct-1g,staged,offload,stem")
     assert said.count("measured in") == 2 and len(runs) == 4
     resident = next(run["figures"] for run in runs.values() if run["config"]["arm"] == "offload")
+    assert resident["arms"]["resident"]["link_bytes_per_step"] == 0 < resident["arms"]["arm"]["link_bytes_per_step"]
     assert resident["arms"]["resident"]["rows_per_step"] == resident["arms"]["arm"]["rows_per_step"] == 3 * 2 * 16
 
 
@@ -98,6 +100,15 @@ def test_what_is_in_the_way_is_one_line(tmp_path: Path, words: tuple[str, ...], 
     done = run(tmp_path, "-m", "server.bench.gpu", *words)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(line) and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_tests_run_without_the_plugins_of_the_whole_suite(tmp_path: Path) -> None:
+    _, runs = command(tmp_path, "test")
+    figures = {run["config"]["job"]: run["figures"] for run in runs.values()}
+    assert figures.keys() == {"tests/gpu", "tests/kernels"}
+    assert "skipped" in figures["tests/gpu"]["last"] and "passed" in figures["tests/kernels"]["last"]
+    assert (tmp_path / "out/tests-kernels.log").stat().st_size
 
 
 def test_without_pytest_the_tests_say_what_does_without(tmp_path: Path) -> None:

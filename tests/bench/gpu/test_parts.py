@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kernels import rms_norm
-from server.bench.gpu import report, trace, transformers_peer
+from server.bench.gpu import report, test_run, trace, transformers_peer
 from server.bench.gpu.arms import Memory, direct_arm, on_device, staged_arm
 from server.bench.gpu.dense_cases import DENSE
 from server.bench.gpu.device import refusal
@@ -287,6 +288,18 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         hidden: torch.Tensor = model.logits(model.states(ids, torch.arange(len(ids)), attention))
     return hidden
+
+
+def test_a_job_of_the_tests_runs_compiled_and_apart_from_earlier_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    look = (
+        "import os; print(os.environ.get('TRITON_INTERPRET'), os.listdir(), os.path.samefile('.', os.environ['OUT']))"
+    )
+    assert test_run.done([sys.executable, "-c", look], True, 60.0) == (0, "None [] True\n")
+    code, output = test_run.done(
+        [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"], False, 3
+    )
+    assert code == -1 and output == "so far\n\nended: out of time"
 
 
 def test_the_page_holds_the_report_of_the_results_kept() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import NoReturn
@@ -64,7 +65,8 @@ class Prefetcher:
         self._hints: list[Fetch] = []
         self._fetch_bounds = fetch_bounds
         self._tallies: dict[tuple[str, int], Tally] = {}
-        self._lock = threading.Lock()  # closing against queueing
+        self._waited: deque[tuple[Fetch, float]] = deque()  # and how long, not added up yet
+        self._lock, self._counting = threading.Lock(), threading.Lock()  # closing against queueing; adding up
         self._closed = False
         self._queue: SimpleQueue[list[Fetch] | Job | None] = SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="prefetcher", daemon=True) if prefetch else None
@@ -96,6 +98,7 @@ class Prefetcher:
         for hint in hints:
             hint.dropped = hint not in fetches
         self._put([fetch for fetch in fetches if fetch not in hints] if hints else fetches)
+        self._count()
         return fetches
 
     def hint(self, lookups: Sequence[Lookup]) -> None:
@@ -131,11 +134,12 @@ class Prefetcher:
             torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
         if not fetch.counted:
             fetch.counted = True
-            self._tally(fetch.lookup).add(fetch, stall)
+            self._waited.append((fetch, stall))
         assert fetch.rows is not None  # only dropped hints have none, and nobody holds those
         return fetch.rows
 
     def counters(self) -> tuple[LayerCounters, ...]:
+        self._count()
         return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
 
     def between_fetches(self, job: Job) -> None:
@@ -146,6 +150,7 @@ class Prefetcher:
 
     def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
+        self._count()
         return {key: tuple(tally.durations) for key, tally in list(self._tallies.items())}
 
     def close(self) -> None:
@@ -234,6 +239,14 @@ class Prefetcher:
             fetch.error = error
         fetch.done_at = time.perf_counter()
         fetch.pending.release()
+
+    def _count(self) -> None:
+        """Adds up what was waited for, a whole step's at once: between layers each addition would find its code and its
+        numbers gone from the processor's caches."""
+        with self._counting:
+            while self._waited:
+                fetch, stall = self._waited.popleft()
+                self._tally(fetch.lookup).add(fetch, stall)
 
     def _tally(self, lookup: Lookup) -> Tally:
         key = lookup.table.name, lookup.layer

@@ -180,6 +180,6 @@ class RowTable:
 
 def check_range(table: Table, ids: Ids) -> None:
     """Raises TableError, naming the first, if an id is no row. At least one id."""
-    if ids.min() < 0 or ids.max() >= table.rows:
+    if int(ids.view(np.uint64).max()) >= table.rows:  # a negative one is a very large one there
         wrong = int(ids[(ids < 0) | (ids >= table.rows)][0])
         raise TableError(f"table {table.name} has rows 0..{table.rows - 1}; asked for {wrong}")

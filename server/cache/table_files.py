@@ -44,6 +44,7 @@ class TableFile:
 
     def __init__(self, path: Path, read: ReadMode) -> None:
         self.path = Path(os.path.realpath(path))
+        self._name = str(self.path)
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.seen = os.fstat(self.fd)
         self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -61,7 +62,7 @@ class TableFile:
     def change(self) -> str | None:
         """What is no longer as it was when opened; None if nothing. One system call."""
         try:
-            now = os.stat(self.path)
+            now = os.stat(self._name)
         except OSError as error:
             return f"cannot be found any more: {error.strerror}"
         seen = self.seen

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import NoReturn
 
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from server.cache.counters import LayerCounters
-from server.cache.hot_rows import HotRows
+from server.cache.hot_rows import HotRows, Source
 from server.cache.lookup import Fetch, Lookup, UniqueRows
 from server.cache.row_reader import RowReader
+from server.cache.row_table import Table
 from server.cache.staging import HALVES, Staging, step_bytes
 from server.cache.tally import Tally
 from server.errors import CapacityError, NotReady, StepFailed
@@ -45,8 +47,8 @@ class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
     `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint` and `wait` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
-    called from any.
+    `begin`, `hint`, `wait`, `cache` and `forget` belong to one thread, the engine's; `close`, `counters` and
+    `between_fetches` may be called from any.
     """
 
     def __init__(
@@ -148,6 +150,29 @@ class Prefetcher:
             if not self._closed:
                 self._queue.put(job)
 
+    def cache(self, sources: Sequence[Source]) -> None:
+        """Has the rows of these sources cached from now on, if there is a cache; the log says where they cannot be."""
+        hot = self.hot
+        if hot is not None and sources:
+            self._between_or_now(partial(_add_sources, hot, tuple(sources)))
+
+    def forget(self, tables: Sequence[Table]) -> None:
+        """Nothing is left of these tables' rows, here and in the cache, once what is queued now is over."""
+        for hint in self._hints:
+            hint.dropped = hint.dropped or any(hint.lookup.table is table for table in tables)
+        self._hints = [hint for hint in self._hints if not hint.dropped]
+        self._count()
+        if self.hot is not None:
+            for table in tables:
+                self._between_or_now(partial(self.hot.remove, table))
+
+    def _between_or_now(self, job: Job) -> None:
+        """Without a worker the caller is the thread that fetches."""
+        if self._worker is None:
+            self._do(job)
+        else:
+            self.between_fetches(job)
+
     def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
         self._count()
@@ -196,11 +221,15 @@ class Prefetcher:
         while (work := self._queue.get()) is not None:
             if callable(work):
                 self._do(work)
-                continue
-            for fetch in work:
-                self._serve(fetch)
-            if work:
-                self._learn(work[-1].step)
+            else:
+                self._serve_all(work)
+            del work  # while idle, nobody's table is held on to
+
+    def _serve_all(self, fetches: Sequence[Fetch]) -> None:
+        for fetch in fetches:
+            self._serve(fetch)
+        if fetches:
+            self._learn(fetches[-1].step)
 
     def _do_jobs(self) -> None:
         """Without a worker: what it would do between fetches."""
@@ -254,3 +283,10 @@ class Prefetcher:
         if tally is None:
             tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders, self._fetch_bounds)
         return tally
+
+
+def _add_sources(hot: HotRows, sources: Sequence[Source]) -> None:
+    for source in sources:
+        refused = hot.add(source)
+        if refused is not None:
+            logger.warning("table %s is read without the device cache: %s", source.table.name, refused)

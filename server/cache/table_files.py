@@ -56,7 +56,7 @@ class TableFile:
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
-        if self.map is not None and self.fd >= 0:
+        if self.map is not None:
             self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
 
     def change(self) -> str | None:

@@ -146,11 +146,17 @@ class Memories:
         self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
+        self._step_bytes: dict[tuple[str, str], int] = {}  # of packs that came later
         self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
-    def add(self, pack: AttachedPack | StemPack) -> None:
-        """From the next step on, tokens whose view holds the pack read it. Between steps only."""
+    def add(self, pack: AttachedPack | StemPack, step_bytes: int = 0) -> None:
+        """From the next step on, tokens whose view holds the pack read it. Between steps only. `step_bytes`: of the
+        pages that one step can touch of its mapped tables, at most."""
+        if self.residency is not None:
+            self.residency.add(pack.mapped, step_bytes)
+        self._step_bytes[pack.id] = step_bytes
+        self.prefetcher.cache(pack.sources())
         self.packs = (*self.packs, pack)
         self.window = max(self.window, pack.addresser.n)
 
@@ -158,6 +164,11 @@ class Memories:
         """Closes a pack that no living sequence sees. Between steps only; rows still being read come to nothing."""
         self.packs = tuple(other for other in self.packs if other is not pack)
         self._addressed.pop(pack.id, None)
+        if self.warm is not None:
+            self.warm.forget(pack)
+        if self.residency is not None:
+            self.residency.remove(pack.mapped, self._step_bytes.pop(pack.id, 0))
+        self.prefetcher.forget(tuple(pack.tables.values()))
         for table in pack.tables.values():
             table.close()
 

@@ -52,6 +52,10 @@ class WarmStart:
             for table in pack.tables.values()
         }
 
+    def forget(self, pack: Attachment) -> None:
+        """No more lists of a pack that is removed."""
+        self.packs = tuple(other for other in self.packs if other is not pack)
+
     def close(self) -> None:
         """After the prefetcher's end: saves once more, unless the old lists are still being read, which hold more.
 
@@ -145,5 +149,5 @@ class WarmStart:
                 )
 
     def _sources(self, pack: Attachment) -> list[tuple[int, Source]]:
-        keys = [(layer, (table.name, layer)) for layer, table in pack.tables.items()]
-        return [(layer, self.hot.sources[key]) for layer, key in keys if key in self.hot.sources]
+        found = ((layer, self.hot.sources.get((table.name, layer))) for layer, table in pack.tables.items())
+        return [(layer, source) for layer, source in found if source is not None]

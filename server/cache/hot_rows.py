@@ -279,9 +279,8 @@ class HotRows:
             for sums in (self._admissions, self._evictions, self._held):
                 sums[self._lines[source.key]] = 0
             self._newest += 1  # of the lines' owners before, tags may still be remembered
-            self.generation[source.key] = self._newest
+            self.sources[source.key], self.generation[source.key] = source, self._newest
             self._owners[source.key] = self._owners_of(source.key)
-            self.sources[source.key] = source
         return None
 
     def remove(self, table: Table) -> None:

@@ -138,16 +138,20 @@ class MemoryChanges:
             attached = memories.packs if memories is not None else ()
             budget = min(self._engine.scheduler.budget, self._budget([*attached, pack]))
             self._allocate(pack)
+            if self._loaded.plan.room.host_limit:
+                for mapped in pack.mapped:  # here already, since a file in the page cache takes its time to leave it
+                    mapped.forget()
+            first: Memories | None = None
             if memories is None:
                 staging, prefetch = self._settings.staging, self._settings.prefetch == "on"
                 bounds = fetch_bounds(self._settings)
                 prefetcher = Prefetcher(loaded.dtype, loaded.device, staging, prefetch, None, bounds)
-                memories = Memories((), prefetcher, watch((), loaded.plan))
+                first = Memories((), prefetcher, watch((), loaded.plan))
         except Exception:
             for table in pack.tables.values():
                 table.close()
             raise
-        return Opened(pack, budget, memories, time.perf_counter() - begun)
+        return Opened(pack, budget, first, time.perf_counter() - begun)
 
     def _budget(self, packs: Iterable[AttachedPack | StemPack]) -> int:
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]

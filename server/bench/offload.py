@@ -27,7 +27,7 @@ from rich.table import Table
 
 from server.bench.arms import PROMPT_TOKENS, ROUND, Arm, Text, alternate, build_arm, close, device_tables, pieces_of
 from server.bench.paired import machine, ratio, write_json
-from server.bench.sparse_packs import sparse_engram, sparse_stem
+from server.bench.sparse_packs import sparse_engram, sparse_stem, stem_layers
 from server.cache.prefetcher import Fetch, Lookup
 from server.cache.tally import Tally
 from server.models.attention.kv_cache import kv_bytes_per_token
@@ -37,7 +37,6 @@ from server.runtime.load import choose_device, choose_dtype, load
 from server.settings import DEFAULT_MODEL, GIB, MIB, Settings
 
 CONCURRENCY = (1, 8, 32)
-STEM_DEPTHS = (0.30, 0.44, 0.57, 0.70)  # of the layers: 9, 13, 17 and 21 of 30
 PARAMETERS = 10_000_000_000
 ROW_OVERHEAD = 80 / 64  # bytes per parameter of a packed int8 row of 64 values
 SPARE = 5 * GIB  # left to KV caches, weights, page cache and others beside the resident table
@@ -117,7 +116,7 @@ def run(
     loaded = load(bare)
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
         count = loaded.source.config.num_layers
-        layers, stem_layers = (1, count // 2), tuple(sorted({int(depth * count) for depth in STEM_DEPTHS}))
+        layers, middle = (1, count // 2), stem_layers(loaded.source)
         engram = sparse_engram(loaded.source, Path(folder) / "engram", layers, parameters)
         held = resident_parameters(parameters)
         resident = engram
@@ -126,7 +125,7 @@ def run(
                 f"free memory holds {held / 1e9:.1f} of {parameters / 1e9:.1f}B parameters: resident is smaller"
             )
             resident = sparse_engram(loaded.source, Path(folder) / "resident", layers, held)
-        stem = sparse_stem(loaded.source, Path(folder) / "stem", stem_layers)
+        stem = sparse_stem(loaded.source, Path(folder) / "stem", middle)
         mapped, in_memory = f"engram={engram}", f"engram={resident}"
         pieces = pieces_of(loaded.source.tokenizer, 8 * max(CONCURRENCY), bare.max_model_len)
         console.print("[dim]copying the resident table …[/dim]")
@@ -167,7 +166,7 @@ def run(
         console.print(f"[dim]{', '.join(stems)}: {short:.0f} s at each of {CONCURRENCY} sequences …[/dim]")
         pairs = [(f"{kind} offload", f"{kind} resident") for kind in ("stem", "engram+stem")]
         pairs += [(f"{kind} offload", "none") for kind in ("stem", "engram+stem")]
-        result["stem"] = {"layers": list(stem_layers), **measure(stems, pairs, pieces, short)}
+        result["stem"] = {"layers": list(middle), **measure(stems, pairs, pieces, short)}
         close(arms["resident"], *stems.values())
     for found, title in ((result, "an Engram memory"), (result["stem"], "STEM memories")):
         console.print(table_of(found, f"{title}, {result['machine']['processor']}"))

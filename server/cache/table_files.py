@@ -56,8 +56,9 @@ class TableFile:
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
-        if self.map is not None:
-            self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
+        mapped = self.map
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED, offset, nbytes)
 
     def change(self) -> str | None:
         """What is no longer as it was when opened; None if nothing. One system call."""
@@ -75,7 +76,8 @@ class TableFile:
         return None
 
     def close(self) -> None:
-        """The descriptor only: a mapping goes when the last view of it does."""
+        """The mapping goes when the last view of it does."""
+        self.map = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -65,6 +65,7 @@ class Prefetcher:
         self._step = 0
         self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
+        self.uncached: dict[str, str] = {}  # table → why its rows cannot be cached
         self._fetch_bounds = fetch_bounds
         self._tallies: dict[tuple[str, int], Tally] = {}
         self._waited: deque[tuple[Fetch, float]] = deque()  # and how long, not added up yet
@@ -154,7 +155,7 @@ class Prefetcher:
         """Has the rows of these sources cached from now on, if there is a cache; the log says where they cannot be."""
         hot = self.hot
         if hot is not None and sources:
-            self._between_or_now(partial(_add_sources, hot, tuple(sources)))
+            self._between_or_now(partial(self._add_sources, hot, tuple(sources)))
 
     def forget(self, tables: Sequence[Table]) -> None:
         """Nothing is left of these tables' rows, here and in the cache, once what is queued now is over."""
@@ -164,7 +165,16 @@ class Prefetcher:
         self._count()
         if self.hot is not None:
             for table in tables:
+                self.uncached = {name: note for name, note in self.uncached.items() if name != table.name}
                 self._between_or_now(partial(self.hot.remove, table))
+
+    def _add_sources(self, hot: HotRows, sources: Sequence[Source]) -> None:
+        for source in sources:
+            refused = hot.add(source)
+            if refused is not None:
+                note = f"table {source.table.name} is read without the device cache: {refused}"
+                self.uncached = {**self.uncached, source.table.name: note}
+                logger.warning("%s", note)
 
     def _between_or_now(self, job: Job) -> None:
         """Without a worker the caller is the thread that fetches."""
@@ -283,10 +293,3 @@ class Prefetcher:
         if tally is None:
             tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders, self._fetch_bounds)
         return tally
-
-
-def _add_sources(hot: HotRows, sources: Sequence[Source]) -> None:
-    for source in sources:
-        refused = hot.add(source)
-        if refused is not None:
-            logger.warning("table %s is read without the device cache: %s", source.table.name, refused)

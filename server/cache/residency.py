@@ -26,6 +26,7 @@ __all__ = ["Residency", "Resident"]
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
+OVER = "more of the mapped tables stays in RAM than the {} bytes of --host-memory-limit: another process maps them"
 ROOM_SECONDS = 2.0  # the longest that a reader waits for pages to be dropped
 
 
@@ -48,6 +49,7 @@ class Residency:
         self._wake, self._room = threading.Event(), threading.Event()
         self._hand = 0
         self._warned = self._closed = False
+        self.note: str | None = None  # why the limit is not held
         self._thread = threading.Thread(target=self._work, name="residency", daemon=True)
         self._thread.start()
 
@@ -169,13 +171,11 @@ class Residency:
                     self._pages -= dropped
                 if self._pages * PAGE <= self.limit:
                     self._room.set()
-        if self._pages * PAGE > self.limit and not self._warned and not self._closed:
+        over = self._pages * PAGE > self.limit
+        self.note = OVER.format(self.limit) if over else None
+        if over and not self._warned and not self._closed:
             self._warned = True
-            logger.warning(
-                "%d bytes of mapped tables stay resident above --host-memory-limit %d: another process maps them",
-                self._pages * PAGE,
-                self.limit,
-            )
+            logger.warning("%d bytes: %s", self._pages * PAGE, self.note)
         self._room.set()
 
     def _count(self) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
 from server.cache.device_table import DeviceFetch, DeviceTable
+from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
 from server.cache.residency import Residency, Resident
 from server.cache.row_table import RowTable
@@ -299,6 +300,14 @@ class Memories:
         """Packs whose table file was changed, cut or failed while serving, by identity, with what happened."""
         broken = {pack.id: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
         return {identity: faults[0] for identity, faults in broken.items() if faults}
+
+    def notes(self) -> tuple[str, ...]:
+        """What does not work as asked for although every row is served: for operators."""
+        tables = [table for pack in self.packs for table in pack.tables.values()]
+        refused = [table.refusal for table in tables if isinstance(table, PinnedTable)]
+        limit = self.residency.note if self.residency is not None else None
+        lists = self.warm.notes() if self.warm is not None else ()
+        return (*filter(None, (*refused, limit)), *self.prefetcher.uncached.values(), *lists)
 
     def hot_list_ages(self) -> dict[str, float]:
         """Table → seconds since the hot list in use was saved, for those that have one."""

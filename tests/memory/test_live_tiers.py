@@ -221,4 +221,8 @@ def test_a_live_pack_without_a_pool_of_its_size_is_read_without_the_cache_and_th
     assert "table b/1 is read without the device cache: --device-cache has no pool for entries of 192 bytes" in (
         caplog.text
     )
+    assert [note.split()[1] for note in live.engine.stats().notes] == ["b/1", "b/3"]
+    live.update("b")
+    live.changes.settle()
+    assert live.engine.stats().notes == ()
     memories_of(live).close()

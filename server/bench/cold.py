@@ -11,12 +11,14 @@ round takes, in turns and in random order:
     demand   the same pages read row by row, as they come, by the one thread that gathers
     disk     random 4 KiB reads of other pages at the best of the swept settings
 
-added = cold − warm. The sweep over threads and depths comes first, on the same file.
+added = cold − warm. The sweep over threads and depths comes first, on the same file. Before all that, whole loads in
+turns: with a mapped table of 100 GB, full of holes, and with one of 1 GB.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +29,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.big_pack import memories_on_disk, tables_of
+from server.bench.big_pack import STRIDE, memories_on_disk, tables_of
 from server.bench.disk import rate, sweep
 from server.bench.page_cache import drop, resident_pages
-from server.bench.paired import machine, write_json
+from server.bench.paired import machine, ratio, write_json
+from server.bench.sparse_packs import DIM, sparse_engram
 from server.bench.text import prompts
 from server.cache.row_table import RowTable
 from server.cache.row_types import Ids
@@ -40,13 +43,14 @@ from server.runtime.engine import Engine
 from server.runtime.load import load
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.process import build_engine
-from server.settings import DEFAULT_MODEL, Settings
+from server.settings import DEFAULT_MODEL, Settings, cache_folder
 
 LAYERS = (1, 15)
 TABLE_BYTES = 4_300_000_000
 PROMPT_TOKENS = 2048
 PIECE_ROWS = 8192
 SWEEPS = 3
+START_BYTES, STARTS = (10**9, 10**11), 5
 ENOUGH_SECONDS = {"engram": 240, "stem": 60, "engram+stem": 150}  # of rounds
 ONE = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
@@ -61,6 +65,7 @@ def run(
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment, prints its table, writes `json`. Returns what it wrote."""
+    start = starts(model, folder)
     points: list[dict[str, Any]] = []
     arms: dict[str, Any] = {}
     with memories_on_disk(model, LAYERS, table_bytes, folder, keep) as memories:
@@ -80,6 +85,7 @@ def run(
         "model": model,
         "layers": list(LAYERS),
         "prompt_tokens": PROMPT_TOKENS,
+        "start": start,
         "disk": points,
         **arms.pop("engram"),
         "arms": arms,
@@ -87,6 +93,33 @@ def run(
     Console().print(table(result))
     write_json(json, result)
     return result
+
+
+def starts(model: str, folder: Path | None) -> dict[str, Any]:
+    """Seconds of whole loads with the small and the large sparse table, mapped, and their paired ratio."""
+    parent = folder or cache_folder()
+    parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[int, list[float]] = {nbytes: [] for nbytes in START_BYTES}
+    with tempfile.TemporaryDirectory(prefix=".start-", dir=parent) as made:
+        source = open_source(model)
+        packs = {
+            nbytes: sparse_engram(source, Path(made) / str(nbytes), LAYERS[:1], nbytes * DIM // STRIDE)
+            for nbytes in START_BYTES
+        }
+        for turn in range(-1, STARTS):  # the first of each reads the weights from the disk
+            for nbytes in START_BYTES[:: 1 if turn % 2 else -1]:
+                begun = time.perf_counter()
+                loaded = load(Settings(model=model, memory=(str(packs[nbytes]),), kv_bytes=64 << 20, max_model_len=512))
+                if turn >= 0:
+                    seconds[nbytes].append(time.perf_counter() - begun)
+                assert loaded.memories is not None
+                loaded.memories.close()
+    small, large = START_BYTES
+    return {
+        "table_bytes": list(START_BYTES),
+        "seconds": list(seconds.values()),
+        "large_over_small": ratio(seconds[large], seconds[small]).as_json(),
+    }
 
 
 @contextmanager
@@ -259,5 +292,7 @@ def table(result: dict[str, Any]) -> Table:
             shown = [f"{value * 1e3:,.0f} ms" if seconds else f"{value:,.2f}" for value in values]
             made.add_row(name.replace("_", " "), *shown)
     setting = result["best_disk_setting"]
+    start = result["start"]["large_over_small"]["median"]
+    made.add_row("start with 100 GB over 1 GB", f"{start:.3f}")
     made.add_row("best disk setting", f"{setting['threads']} threads, depth {setting['depth']}")
     return made

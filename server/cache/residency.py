@@ -12,6 +12,7 @@ Knows pages of files; nothing of rows.
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 import time
 from collections.abc import Iterable
@@ -40,7 +41,8 @@ class Residency:
         # Replaced whole by whoever adds or removes, since the thread goes through them meanwhile.
         self._files: dict[tuple[int, int], FilePages] = {}
         self._of: dict[str, list[FilePages]] = {}
-        self._gone: SimpleQueue[FilePages] = SimpleQueue()  # to be closed by the thread, which may be looking at them
+        # To be closed by the thread, which may look at them now; with the mapping, which the table itself lets go of.
+        self._gone: SimpleQueue[tuple[FilePages, mmap.mmap | None]] = SimpleQueue()
         self._set_marks(step_bytes)
         for table in tables:
             self._watch(table)
@@ -73,7 +75,7 @@ class Residency:
                     pages.files = [other for other in pages.files if other is not file]
                 else:
                     self._files = {key: other for key, other in self._files.items() if other is not pages}
-                    self._gone.put(pages)
+                    self._gone.put((pages, file.map))
         self._set_marks(self.step_bytes - step_bytes)
         self._wake.set()
 
@@ -134,10 +136,13 @@ class Residency:
     def _let_go(self) -> None:
         """Closes what is watched no more."""
         while not self._gone.empty():
-            pages = self._gone.get()
+            pages, mapped = self._gone.get()
             if self.limit:
+                if mapped is not None:
+                    mapped.madvise(mmap.MADV_DONTNEED)
                 pages.forget()
             pages.close()
+            del pages, mapped
 
     def _work(self) -> None:
         looked = 0.0

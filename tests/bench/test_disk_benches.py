@@ -24,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> str:
         monkeypatch.setattr(module, "LAYERS", (1, 3))
     monkeypatch.setattr(cold, "PROMPT_TOKENS", 300)
     monkeypatch.setattr(cold, "SWEEPS", 1)
+    monkeypatch.setattr(cold, "STARTS", 1)
     monkeypatch.setattr(limit, "BUDGET", 32)
     monkeypatch.setattr(limit, "PROMPT_TOKENS", 24)
     monkeypatch.setattr("server.bench.disk.READS", 64)
@@ -42,6 +43,8 @@ def test_cold_says_what_was_read_and_how_fast(small: str, tmp_path: Path) -> Non
     for arm in (result, *result["arms"].values()):
         assert all(value > 0 for name, value in arm["median"].items() if name != "added_s" and "stall" not in name)
         assert {"added_over_page_in", "page_in_over_disk", "page_in_over_demand"} < set(arm["ratios"])
+    assert result["start"]["large_over_small"]["median"] > 0
+    assert [len(seconds) for seconds in result["start"]["seconds"]] == [1, 1]
     assert len(result["table_bytes"]) == 2 and len(result["arms"]["engram+stem"]["table_bytes"]) == 4
     assert not list(tmp_path.glob("big-*"))  # removed, since nobody asked to keep it
 

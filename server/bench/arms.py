@@ -112,29 +112,37 @@ def warm_pages(arm: Arm, pieces: Sequence[Text]) -> None:
 
 def alternate(arms: Mapping[str, Arm], pieces: Sequence[Text], count: int, seconds: float) -> None:
     """Steps of `count` sequences for about so many seconds: rounds of ROUND turns, each round over other pieces."""
-    draw, order = random.Random(count), list(arms)
+    draw, orders = random.Random(count), list[list[str]]()
     for arm in arms.values():
         arm.seconds.clear()
         arm.counted.clear()
     ends, at = time.perf_counter() + seconds, 0
-    while not arms[order[0]].seconds or time.perf_counter() < ends:
+    first = next(iter(arms.values()))
+    while not first.seconds or time.perf_counter() < ends:
         chosen = [pieces[(at + index) % len(pieces)] for index in range(count)]
         at += count
         for arm in arms.values():
             warm_pages(arm, chosen)
             start(arm.engine, chosen)
         for turn in range(ROUND):
-            if turn == WARM_TURNS and not arms[order[0]].counted:
+            if turn == WARM_TURNS and not first.counted:
                 for arm in arms.values():
                     arm.counted.extend(arm.tables())
-            draw.shuffle(order)
-            for name in order:
+            orders = orders or balanced(list(arms), draw)
+            for name in orders.pop():
                 begun = time.perf_counter()
                 arms[name].engine.step()
                 if turn >= WARM_TURNS:
                     arms[name].seconds.append(time.perf_counter() - begun)
             if turn > 4 * WARM_TURNS and time.perf_counter() > ends:
                 break
+
+
+def balanced(names: list[str], draw: random.Random) -> list[list[str]]:
+    """As many orders as there are names, drawn at random, in which each name stands at each place once."""
+    drawn = draw.sample(names, len(names))
+    orders = [drawn[at:] + drawn[:at] for at in range(len(drawn))]
+    return draw.sample(orders, len(orders))
 
 
 def device_tables(arm: Arm) -> dict[str, Table]:

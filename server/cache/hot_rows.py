@@ -44,6 +44,8 @@ __all__ = ["Found", "HotRows", "Occupancy", "Source", "SourceKey"]
 EVERY = 16  # steps between two admission passes
 MANY = 1 << 14  # entries remembered that start a pass at once, as a long prefill does
 MOST = 512  # entries a source may bring in per pass
+SPARE_LINES = 64  # orders of sources that come later
+NOT_HERE = -2  # an owner of nothing
 
 
 class Occupancy(NamedTuple):
@@ -96,8 +98,9 @@ class HotRows:
         starts = np.cumsum([0] + [len(source.orders) for source in sources]).tolist()
         ranges = [slice(first, end) for first, end in pairwise(starts)]
         self._lines = dict(zip(self.sources, ranges, strict=True))  # a number for each (source, order)
-        self._line_count = starts[-1]
-        self.generation = dict.fromkeys(self.sources, 0)
+        self._line_count = starts[-1] + SPARE_LINES
+        self._free = list(range(starts[-1], self._line_count))
+        self.generation, self._newest = dict.fromkeys(self.sources, 0), 0
         self._owners = {key: self._owners_of(key) for key in self.sources}
         self._admissions = np.zeros(self._line_count, np.int64)
         self._evictions = np.zeros(self._line_count, np.int64)
@@ -263,6 +266,8 @@ class HotRows:
 
         Belongs to the thread of `find`.
         """
+        if source.key not in self.sources:  # removed meanwhile
+            return 0
         pool = self.pools[source.entry_bytes]
         owners = np.full(len(keys), self._owners[source.key][order])
         hashes = mixed(owners, keys)
@@ -279,7 +284,8 @@ class HotRows:
         """Per order, the keys that several distinct requests asked for and how often, aged."""
         pool = self.pools[source.entry_bytes]
         with self._lock:
-            return [pool.shared(owner) for owner in self._owners[source.key].tolist()]
+            owners = self._owners.get(source.key, np.full(len(source.orders), NOT_HERE))
+            return [pool.shared(owner) for owner in owners.tolist()]
 
     def reload(self, table: Table) -> None:
         """Forgets all rows of this table: its file is about to be another."""
@@ -290,9 +296,43 @@ class HotRows:
                         self.pools[source.entry_bytes].drop(owner)
                     self._held[self._lines[key]] = 0
                     self.generation[key] += 1
+                    self._newest = max(self._newest, self.generation[key])
                     self._owners[key] = self._owners_of(key)
                     if self.mirrored:
                         self._device_owners[key].copy_(send(self._owners[key], self.device), non_blocking=True)
+
+    def add(self, source: Source) -> str | None:
+        """Caches this source too, in the pool of its entry size; why not, where it cannot. The thread of `find`."""
+        if source.entry_bytes not in self.pools:
+            return f"--device-cache has no pool for entries of {source.entry_bytes} bytes"
+        count = len(source.orders)
+        lines = next((line for line in self._free if {*range(line, line + count)} <= {*self._free}), None)
+        if lines is None or source.key in self.sources:
+            return f"the device cache holds as many tables as it can name, {len(self.sources)}"
+        with self._lock:
+            self._free = [line for line in self._free if not lines <= line < lines + count]
+            self._lines[source.key] = slice(lines, lines + count)
+            for sums in (self._admissions, self._evictions, self._held):
+                sums[self._lines[source.key]] = 0
+            self._newest += 1  # of the lines' owners before, tags may still be remembered
+            self.sources[source.key], self.generation[source.key] = source, self._newest
+            self._owners[source.key] = self._owners_of(source.key)
+        return None
+
+    def remove(self, table: Table) -> None:
+        """Forgets all rows of this table and the table itself. The thread of `find`."""
+        self.reload(table)
+        with self._lock:
+            for key in [key for key, source in self.sources.items() if source.table is table]:
+                self._seen.pop(key, None)
+                lines = self._lines.pop(key)
+                self._free = sorted([*self._free, *range(lines.start, lines.stop)])
+                del self.sources[key], self._owners[key], self.generation[key]
+
+    def figures(self, key: SourceKey) -> tuple[Occupancy, list[tuple[int, int]]] | None:
+        """What the source holds and what moved, by order; None if it is not cached here."""
+        with self._lock:
+            return (self.occupancy(key), self.moves(key)) if key in self.sources else None
 
     def moves(self, key: SourceKey) -> list[tuple[int, int]]:
         """Per order, the rows that entered and the rows that left so far."""

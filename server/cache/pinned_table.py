@@ -77,6 +77,7 @@ class PinnedTable:
         self.name, self.rows, self.dim, self.row_type = source.name, source.rows, source.dim, source.row_type
         self.row_bytes, self.nbytes = source.row_bytes, source.nbytes
         self.fault: str | None = None
+        self.refusal: str | None = None  # of the driver, to register it
         self._unregister = unregister
         self._registered: list[int] = []
         self._map, kind = _anonymous_file(self.name, self.nbytes, reserve)
@@ -124,7 +125,8 @@ class PinnedTable:
         except OSError as error:
             while self._registered and self._unregister is not None:
                 self._unregister(self._registered.pop())
-            logger.warning("table %s: the GPU driver refused to register it (%s); rows are staged", self.name, error)
+            self.refusal = f"table {self.name}: the GPU driver refused to register it ({error}); rows are staged"
+            logger.warning("%s", self.refusal)
             return f"registration refused ({error}): rows are gathered by the host and staged"
         return f"registered in {len(self._registered)} chunks"
 

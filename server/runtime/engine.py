@@ -169,6 +169,7 @@ class Engine:
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
             resident=self._resident() if memory else (),
             counted=memory,
+            notes=memories.notes() if memory and memories else (),
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:

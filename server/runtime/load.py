@@ -11,7 +11,7 @@ from torch import nn
 
 from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
-from server.cache.hot_rows import HotRows, Source
+from server.cache.hot_rows import HotRows
 from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
 from server.cache.residency import Residency
@@ -203,11 +203,9 @@ def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, devic
             pack.tables[layer] = placed(table, planned.tier(table.name), device)
 
 
-def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency | None:
+def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency:
     """Who counts the mapped tables' pages, and holds them under what --host-memory-limit leaves for them."""
-    mapped = [table for pack in packs for table in pack.tables.values() if isinstance(table, RowTable)]
-    if not mapped:
-        return None
+    mapped = [table for pack in packs for table in pack.mapped]
     step = sum(place.need.step_bytes for place in planned.places if place.tier == "mapped")
     return Residency(mapped, planned.mapped_limit, step)
 
@@ -232,12 +230,7 @@ def device_cache(settings: Settings, packs: Sequence[AttachedPack | StemPack], d
 
     Raises CapacityError if it is too small or does not fit.
     """
-    sources = [
-        Source(table, layer, pack.addresser.orders, pack.addresser.heads)
-        for pack in packs
-        for layer, table in pack.tables.items()
-        if not isinstance(table, DeviceTable)
-    ]
+    sources = [source for pack in packs for source in pack.sources()]
     if not settings.device_cache or not sources:
         return None
     try:

@@ -107,7 +107,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, pipe: Connection, changes: MemoryChanges) -> None:
         self.engine, self.pipe, self.changes = engine, pipe, changes
-        self.fault: str | None = None
+        self.told: tuple[str | None, tuple[str, ...]] = None, ()  # faults and notes
         self.deadline: float | None = None
         self.stopped = False
 
@@ -173,8 +173,8 @@ class EngineLoop:
             return
         memories.check_files()
         stats = self.engine.stats()
-        if stats.table_fault != self.fault:
-            self.fault = stats.table_fault
+        if (stats.table_fault, stats.notes) != self.told:
+            self.told = stats.table_fault, stats.notes
             self.pipe.send(StepOutputs((), stats))
 
     def _send_all(self, messages: Sequence[object]) -> None:

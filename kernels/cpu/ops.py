@@ -83,7 +83,7 @@ class CpuKernels:
         return out
 
     def rotate_(self, heads: Tensor, rotation: Tensor) -> None:
-        """heads[T, N, D] in place, rows of T may be apart: neighbouring pairs times rotation[T, 1, D / 2], complex64."""
+        """heads[T, N, D] in place, rows of T may be apart: neighbouring pairs times rotation[T, 1, D / 2]."""
         tokens, count, width = heads.shape
         stride = heads.stride(0)
         self._rotate(heads.data_ptr(), rotation.data_ptr(), tokens, stride, count, width, torch.get_num_threads())

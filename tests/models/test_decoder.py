@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from server.models.prepack import can_prepack
 from server.models.source import open_source
 from server.runtime.load import build_model
 from tests.engines import drive, engine_on, greedy_reference, logits_of
@@ -73,8 +74,11 @@ def test_smollm2_greedy_tokens_match_transformers(
         assert answer == greedy_reference(smollm2_reference, prompt, answer)
 
 
-def test_weights_are_held_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_held_once(dtype: torch.dtype) -> None:
+    if not can_prepack(dtype, torch.device("cpu")):
+        pytest.skip(f"this processor multiplies {dtype} without prepacked weights")
     source = open_source("builtin:smollm2-135m")
-    model = build_model(source, torch.bfloat16, torch.device("cpu"), 512)
+    model = build_model(source, dtype, torch.device("cpu"), 512)
     plain = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
     assert plain == source.config.vocab_size * source.config.hidden_size  # the embedding; the rest is packed

@@ -44,12 +44,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_random_llama_saved_by_transformers_matches_it(variant: str, tmp_path: Path) -> None:
+def test_a_random_llama_saved_by_transformers_matches_it(variant: str, cpu_kernels: str, tmp_path: Path) -> None:
     reference = save_tiny_llama(tmp_path, **VARIANTS[variant])
     generator = np.random.default_rng(1)
     prompt = tuple(int(t) for t in generator.integers(1, VOCAB, 150))
-    engine = engine_on(str(tmp_path), max_num_batched_tokens=37)
+    engine = engine_on(str(tmp_path), max_num_batched_tokens=37, cpu_kernels=cpu_kernels)
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
     assert torch.allclose(logits_of(engine, prompt), expected, atol=TOLERANCE)

@@ -37,7 +37,6 @@ from server.training.memory import TaughtMemory, addresses
 from server.training.shared_rows import SharedRows
 from server.training.start import Opened, open_to_teach, teachable
 
-NICENESS = 10  # a tenth of a core where the engine wants all of them
 # Seconds of rest for each second of a step: the engine's threads wait for one another, so that one disturbed is all.
 REST, LONGEST_REST = 4.0, 1.0
 NEIGHBOURS = 4  # earlier facts that are kept right while a new one changes rows that they read
@@ -168,7 +167,6 @@ def answer(teacher: Teacher, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(settings: Settings, jobs: BinaryIO, answers: BinaryIO) -> None:
     """Until `jobs` ends. What goes wrong in a job is its answer."""
-    os.nice(NICENESS)
     torch.set_num_threads(1)
     teacher = Teacher(settings)
     for line in jobs:
@@ -185,4 +183,5 @@ def main(settings: Settings, jobs: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    os.setpgid(0, 0)  # Ctrl-C is for the server, which ends this process itself
     main(Settings(**json.loads(sys.argv[1])), sys.stdin.buffer, sys.stdout.buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.api.edits.teacher import MODULE, NICENESS
 from server.api.routes.edits import Audit, Edit, Edits
 from server.commands.attach import attach
 from server.models.source import open_source
@@ -19,6 +21,7 @@ from server.training.frozen import Frozen
 from server.training.start import begin_fresh, open_to_teach, teachable
 from server.training.write import write_taught
 from tests.api.live import LiveServer, Reply
+from tests.api.test_ends import children
 
 FACTS, EDITS, COMPLETIONS = "/v1/memory/facts", "/v1/memory/edits", "/v1/completions"
 ONE, TWO = {"Authorization": "Bearer key-one"}, {"Authorization": "Bearer key-two"}
@@ -125,6 +128,16 @@ def test_a_fact_is_completed_for_its_tenant_alone_and_leaves_no_trace(server: Li
     entries = Audit.model_validate(server.request("/v1/memory/audit", headers=ADMIN).json).entries
     assert [entry["what"] for entry in entries[:3]] == ["removed", "fact learnt", "fact asked for"]
     assert server.request("/v1/memory/audit", headers=ONE).status == 403
+
+
+def test_the_teaching_process_stands_back_for_the_engine(server: LiveServer) -> None:
+    """Niceness counts within a session only, so that the process must be in the server's own."""
+    edit = taught(server, ONE, prompt="Who stands back?", completion=" I")
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children(server.process.pid)}
+    (teaching,) = (pid for pid, command in commands.items() if MODULE in command)
+    assert os.getpriority(os.PRIO_PROCESS, teaching) == os.getpriority(os.PRIO_PROCESS, server.process.pid) + NICENESS
+    assert os.getsid(teaching) == os.getsid(server.process.pid) and os.getpgid(teaching) == teaching
+    assert remove(server, ONE, edit.id) == 200
 
 
 def test_a_global_fact_is_everyones_and_only_the_admins_to_make_and_remove(server: LiveServer) -> None:

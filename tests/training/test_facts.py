@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from server.models.source import ModelSource
@@ -34,9 +33,8 @@ def test_of_earlier_facts_those_that_share_rows_are_kept_right(source: ModelSour
 
 
 def test_what_goes_wrong_in_a_job_is_its_answer_and_the_next_is_taken(
-    tiny_llama_folder: Path, fresh_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_folder: Path, fresh_pack: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(facts.os, "nice", lambda by: 0)
     job = {"pack": str(fresh_pack), "ids": [5, 6, 7], "learnt": 1, "rows": {}, "earlier": []}
     jobs = [{**job, "id": "one"}, {**job, "id": "two", "pack": str(tmp_path)}]
     answers = io.BytesIO()

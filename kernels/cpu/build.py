@@ -7,6 +7,7 @@ library shares torch's OpenMP threads; a second pool would spin against the firs
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from server.settings import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -39,11 +42,17 @@ class Built:
     seconds: float
 
 
+@functools.cache
+def library() -> Built:
+    """What `build` gives, once a process. Raises NoKernels."""
+    return build()
+
+
 def build() -> Built:
     """Compiles, or finds what an earlier start compiled, and loads it. Raises NoKernels."""
     command = [*compiler(), *FLAGS, *openmp()]
     name = f"decode-{fingerprint(command)}.so"
-    path = cache_folder() / name
+    path = folder() / name
     if path.exists():
         return Built(loaded(path), path, 0.0)
     begun = time.perf_counter()
@@ -86,14 +95,14 @@ def processor() -> str:
     return "\n".join(kept) or f"{platform.machine()} {platform.processor()}"
 
 
-def cache_folder() -> Path:
-    """Where the library is kept: the user's cache folder, or a fresh temporary one if that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "engram-server"
+def folder() -> Path:
+    """Where the library is kept: the cache folder, or a fresh temporary one if that cannot be written."""
+    kept = cache_folder()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
         return Path(tempfile.mkdtemp(prefix="engram-server-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="engram-server-"))
+    return kept if os.access(kept, os.W_OK) else Path(tempfile.mkdtemp(prefix="engram-server-"))
 
 
 def compiled(command: list[str], path: Path) -> Path:

@@ -89,8 +89,9 @@ class CpuKernels:
         self._rotate(heads.data_ptr(), rotation.data_ptr(), tokens, stride, count, width, torch.get_num_threads())
 
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        """activation(gate) · up: [T, F], rows of T may be apart; `activation` is one of KINDS."""
+        """activation(gate) · up: [T, F], rows of T may be apart; `activation` is one of KINDS. `up` of any type."""
         tokens, width = gate.shape
+        up = up.to(self.dtype)
         out = torch.empty(tokens, width, dtype=self.dtype)
         self._gated(
             gate.data_ptr(), up.data_ptr(), out.data_ptr(), tokens, width, gate.stride(0), up.stride(0),

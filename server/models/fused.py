@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.cpu.build import NoKernels, build
+from kernels.cpu.build import NoKernels, library
 from kernels.cpu.ops import SUFFIXES, CpuKernels
 from server.errors import SettingsError
 from server.models.attention.base import AttentionBackend
@@ -49,7 +49,7 @@ def kernels_for(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
         raise NoKernels(f"they are for CPUs and the model runs on {device}")
     if dtype not in SUFFIXES:
         raise NoKernels(f"they know float32 and bfloat16 and the model is {str(dtype).removeprefix('torch.')}")
-    kernels = CpuKernels(build(), dtype)
+    kernels = CpuKernels(library(), dtype)
     if not kernels.serves(config.head_dim, config.hidden_size, config.intermediate_size):
         raise NoKernels(
             f"the model's rows of {config.hidden_size} and {config.intermediate_size} and heads of {config.head_dim} "

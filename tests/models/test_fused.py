@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.cpu.build import COMPILERS
+from kernels.cpu.build import COMPILERS, build
 from server.errors import SettingsError
+from server.models import fused
 from server.models.attention.fused import FusedBackend
 from server.runtime.load import load
 from server.runtime.report import describe
@@ -48,6 +49,12 @@ def test_the_report_says_that_there_are_kernels_and_where(tmp_path: Path) -> Non
     assert dict(describe(loaded, settings))["kernels"].startswith("C kernels between matrices")
 
 
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(fused, "library", build)  # not what this process has built already
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [({}, "no C compiler"), ({"dtype": "float16"}, "float16"), ({"cpu_kernels": "off"}, "--cpu-kernels off")],
@@ -57,8 +64,7 @@ def test_without_kernels_the_report_says_why(
     flags: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_llama(tmp_path)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", "")
+    without_compiler(monkeypatch)
     settings = settings_for(str(tmp_path), **flags)
     loaded = load(settings)
     assert not isinstance(loaded.attention, FusedBackend)
@@ -69,8 +75,7 @@ def test_kernels_that_are_asked_for_and_cannot_be_stop_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_llama(tmp_path)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", "")
+    without_compiler(monkeypatch)
     with pytest.raises(SettingsError, match="--cpu-kernels is on and there is no C compiler"):
         load(settings_for(str(tmp_path), cpu_kernels="on"))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cpu.build import NoKernels, build
+from kernels.cpu.build import NoKernels, library
 from kernels.cpu.ops import CpuKernels, Shape, Step
 from tests.kernels.test_paged_attention import BLOCK_SIZE, attention64, paged
 
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8}
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     try:
-        return CpuKernels(build(), request.param)
+        return CpuKernels(library(), request.param)
     except NoKernels as reason:
         pytest.skip(str(reason))
 

@@ -45,6 +45,10 @@ class Settings:
     quantize: str = setting(
         "none", "integer weights for steps of few tokens (CPU)", "model", choices=("none", "int8", "int4")
     )
+    cpu_kernels: str = setting(
+        "auto", "C kernels between the matrices of a step on CPU, built once by the C compiler that is there; auto: "
+        "without them where there is none", "model", choices=("auto", "on", "off"),
+    )  # fmt: skip
     device: str = setting("auto", "where the backbone runs", "model", choices=("auto", "cpu", "cuda"))
     cuda_graphs: str = setting(
         "on", "replay decode steps on a GPU as captured CUDA graphs", "model", choices=("on", "off")

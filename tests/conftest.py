@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from kernels.cpu.build import NoKernels, library
 
 if TYPE_CHECKING:
     from server.models.source import ModelSource
@@ -37,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         room = item.path.relative_to(item.config.rootpath / "tests").parts[0]
         if room in ("soak", "gpu"):
             item.add_marker(room)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def c_kernels() -> None:
+    """Built, if they can be, before a test moves the cache folder."""
+    with suppress(NoKernels):
+        library()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from server.cache.row_table import Table
 from server.memory.addressing import windows_of
 from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache
-from server.models.attention.sdpa import SdpaBackend
+from server.models.c_kernels import attention_over
 from server.models.tokenizer import Tokenizer
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, device_cache, open_packs, placed
@@ -62,7 +62,7 @@ def build_arm(loaded: Loaded, settings: Settings, tier: str, tables: Mapping[str
     hot = device_cache(settings, packs, loaded.device)
     prefetcher = Prefetcher(loaded.dtype, loaded.device, settings.staging, settings.prefetch == "on", hot)
     memories = Memories(packs, prefetcher) if packs else None
-    attention = SdpaBackend(loaded.source.config, cache)
+    attention = attention_over(loaded.source.config, cache, loaded.kernels)
     return Arm(build_engine(settings, replace(loaded, attention=attention, memories=memories)))
 
 

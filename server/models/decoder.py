@@ -71,6 +71,8 @@ class Block(nn.Module):
         self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=features.mlp_bias, dtype=dtype)
         self.activation_name = features.activation
         self.activation = ACTIVATIONS[features.activation]
+        self.gated: Callable[[Tensor, Tensor], Tensor] = partial(gated, self.activation)
+        self.rotate_: Callable[[Tensor, Tensor], None] = Rotary.rotate_
         self.down = Linear(inner, hidden, bias=features.mlp_bias, dtype=dtype)
         self.after_attention = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
         self.after_mlp = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
@@ -111,22 +113,27 @@ class Block(nn.Module):
         if self.head_norm is not None:
             heads.copy_(self.head_norm(heads.float()))
         if rotation is not None:
-            Rotary.rotate_(heads, rotation)
+            self.rotate_(heads, rotation)
         attended = self.out(attention.forward(qkv, self.layer))
         if self.after_attention is not None:
             attended = self.after_attention(attended.float())
-        hidden = hidden + attended
-        gate: Tensor = self.gate_up(self.mlp_norm(hidden))
+        hidden, normed = self.mlp_norm.after(hidden, attended)
+        gate: Tensor = self.gate_up(normed)
         up: Tensor | None = None
         if self.has_up:
             gate, up = gate.chunk(2, dim=-1)
         if memory is not None:
             up = memory.up(self.layer, up)
         assert up is not None, f"layer {self.layer} has no up-projection and no memory gives one"
-        fed = self.down(self.activation(gate).mul_(up))
+        fed = self.down(self.gated(gate, up))
         if self.after_mlp is not None:
             fed = self.after_mlp(fed.float())
         return hidden.add_(fed)
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) · up, [T, F] each."""
+    return activation(gate).mul_(up)
 
 
 class Decoder(nn.Module):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kernels.cpu.ops import CpuKernels
 from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
 from server.cache.hot_rows import HotRows
@@ -24,8 +25,8 @@ from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
 from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache
-from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
+from server.models.c_kernels import attention_over, choose_kernels, fuse
 from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.quantize import QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source
@@ -50,6 +51,8 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     memories: Memories | None
+    kernels: CpuKernels | None
+    kernels_note: str  # which, and why
     device_path: DevicePath | None = None  # where decode steps may stay on the device
 
     @property
@@ -180,15 +183,24 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
         raise CapacityError(
             f"no room for {kv.blocks * kv.block_bytes} bytes of KV cache; set --kv-bytes lower"
         ) from error
-    attention = path.choose_attention(source.config, cache) if path else SdpaBackend(source.config, cache)
-    model.fused = path is not None and path.paged
+    kernels, kernels_note = None, ""
+    if path is not None:
+        attention = path.choose_attention(source.config, cache)
+        model.fused = path.paged
+    else:
+        kernels, kernels_note = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
+        if kernels is not None:
+            fuse(model, kernels)
+        attention = attention_over(source.config, cache, kernels)
     memories = None
     if packs:
         place(packs, prepared.plan, device)
         hot = device_cache(settings, packs, device)
         prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
         memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
-    return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories, path)
+    return Loaded(
+        source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories, kernels, kernels_note, path
+    )
 
 
 def fetch_bounds(settings: Settings) -> tuple[float, ...]:

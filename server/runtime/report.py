@@ -29,6 +29,7 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
         ("model", f"{loaded.source.name} ({loaded.source.config.architecture}) from {loaded.source.path}"),
         ("device", f"{loaded.device}{threads}"),
         ("dtype", f"{str(loaded.dtype).removeprefix('torch.')}{layout}"),
+        *([("kernels", loaded.kernels_note)] if loaded.device.type == "cpu" else []),
         ("weights", mebibytes(weight_bytes(loaded.model)) + quantised),
         (
             "KV cache",

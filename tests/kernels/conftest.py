@@ -1,4 +1,6 @@
-"""Kernels run through Triton's interpreter (`tests/conftest.py` asks for it), or compiled where there is a GPU."""
+"""Kernels run through Triton's interpreter (`tests/conftest.py` asks for it), or compiled where there is a GPU; those
+in C, in `cpu/`, as they are.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without this, references would be compared with themselves."""
     reason = missing()
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent in item.path.parents and Path(__file__).with_name("cpu") not in item.path.parents:
             # Triton 3.6's own, once per scalar
             item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"))
             if reason is not None:

@@ -87,7 +87,7 @@ def test_untagged_commands_run_as_printed(block: Block, clone: Path) -> None:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The default model on a free port."""
-    with live_server(tmp_path_factory.mktemp("server") / "log", "--kv-bytes", "256M") as live:
+    with live_server(tmp_path_factory.mktemp("server") / "log", "--kv-bytes", "512M") as live:
         yield live.port
 
 

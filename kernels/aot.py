@@ -5,12 +5,15 @@ that lost their width because an address lost its alignment. Prints one line a k
 failure.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kernels import (
+os.environ.setdefault("TRITON_INTERPRET", "0")  # see kernels/language.py
+
+from kernels import (  # noqa: E402
     gated_product,
     memory_gate,
     ngram_hash,

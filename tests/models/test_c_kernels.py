@@ -10,7 +10,7 @@ import torch
 
 from kernels.cpu.build import COMPILERS, build
 from server.errors import SettingsError
-from server.models import fused
+from server.models import c_kernels
 from server.models.attention.cpu import CpuBackend
 from server.runtime.load import load
 from server.runtime.report import describe
@@ -52,7 +52,7 @@ def test_the_report_says_that_there_are_kernels_and_where(tmp_path: Path) -> Non
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(fused, "library", build)  # not what this process has built already
+    monkeypatch.setattr(c_kernels, "library", build)  # not what this process has built already
 
 
 @pytest.mark.parametrize(

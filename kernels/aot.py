@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "0")  # see kernels/language.py
 
-from kernels import (  # noqa: E402
+from kernels import (
     gated_product,
     memory_gate,
     ngram_hash,

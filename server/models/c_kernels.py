@@ -95,8 +95,8 @@ def fuse(model: Decoder, kernels: CpuKernels) -> None:
 def bound(block: Block, kernels: CpuKernels) -> Callable[..., Tensor]:
     """`block.forward` for the families without further norms, its parts looked up once.
 
-    With one token a layer's weights take half a millisecond to arrive, and each lookup of a module and each call through
-    `nn.Module.__call__` runs on processor caches which they have just swept.
+    With one token a layer's weights take half a millisecond to arrive, and each lookup of a module and each call
+    through `nn.Module.__call__` runs on processor caches which they have just swept.
     """
     first, second, eps = block.attention_norm.weight, block.mlp_norm.weight, block.mlp_norm.epsilon
     qkv, out, gate_up, down = block.qkv, block.out, block.gate_up, block.down

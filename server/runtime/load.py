@@ -25,8 +25,8 @@ from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
 from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache
-from server.models.decoder import Decoder
 from server.models.c_kernels import attention_over, choose_kernels, fuse
+from server.models.decoder import Decoder
 from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.quantize import QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source

@@ -3,6 +3,8 @@
 #   make serve [MODEL=…] [MEMORY=…] [PORT=…]     make test      make check     make format
 #   make bench      make overhead                make soak      make docs      make clean
 #   make demo-memory
+#   make gpu-test    make gpu-kernels    make gpu-table [SHAPE=qwen3-4b] [ARMS=direct,staged]
+#   make gpu-sweep   make gpu-baseline   make gpu-report         on one GPU, with $(GPU_PYTHON): docs/gpu.md
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -111,6 +113,15 @@ bench: $(BENCHES:%=bench-%)
 $(BENCHES:%=bench-%): bench-%: $(VENV)/.dev $(VENV)/.model
 	@mkdir -p build/bench
 	$(BIN)/engram-server bench $* --json build/bench/$*.json
+
+# One GPU, on a machine that need not have this project's environment: torch, Triton, transformers and rich will do.
+# DEVICE, SHAPE, ARMS, TABLE_GIB, SEQUENCES and OUT reach the command as variables; docs/gpu.md says what they are.
+GPU_PYTHON ?= python3
+GPU_VERBS  := test kernels table sweep baseline report
+.PHONY: $(GPU_VERBS:%=gpu-%)
+
+$(GPU_VERBS:%=gpu-%): gpu-%:
+	$(GPU_PYTHON) -m server.bench.gpu $*
 
 # How packs/wordnet was made, into build/demo/wordnet: from Debian's wordnet-base and dict-gcide; about an hour on two
 # busy cores. Interrupted, the same command goes on.

@@ -5,19 +5,24 @@ that lost their width because an address lost its alignment. Prints one line a k
 failure.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "0")  # see kernels/language.py
+
 from kernels import (
-    admission,
+    gated_product,
     memory_gate,
     ngram_hash,
     paged_attention,
+    reads,
     rms_norm,
     rotary,
     row_lookup,
+    row_patch,
     sampling,
     short_conv,
     stem_rows,
@@ -55,20 +60,21 @@ def cases() -> Iterator[Case]:
         ),
     )
     yield from lookups()
+    yield from bare_reads()
     yield Case(
-        "admission",
-        admission.admission_kernel,
-        ("*i32", "*i32", "*i64", "*i64", "*i32", "*i64", "*i64", "*i64", "*i64", "*i32", "*i64", "*i64"),
-        dict(WAYS=32, WAYS_PADDED=32, HEADS=8, HEADS_PADDED=8, WORDS=68, WORDS_PADDED=128),
-        vector="ld.global.v4.b32",
+        "row_patch",
+        row_patch.patch_kernel,
+        ("*bf16", "*i64", "*i64", "*i64", "*bf16"),
+        dict(COLUMNS=16, PADDED=16, D=256, BLOCK=256, N=4096, HALVINGS=13, SCOPES=2, ROW_BITS=40),
+        vector="ld.global.v4",
     )
-    gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=False, ZERO_IS_PLUS=False)
+    gate = dict(HC=1, H=1280, BLOCK=2048, DEAD=True, ZERO_IS_PLUS=False)
     for conv in (False, True):
         yield Case(
             f"memory_gate{' with convolution' * conv}",
             memory_gate.gate_kernel,
-            ("*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*i64", "*i1", "*fp32")
-            + ("i32",) * 3
+            ("*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16" if conv else "*fp32", "*i64", "*i1", "*fp32")
+            + ("i32",) * 4
             + ("fp32",) * 3,
             {**gate, "CONV": conv},
             vector="ld.global.v",
@@ -76,8 +82,8 @@ def cases() -> Iterator[Case]:
     yield Case(
         "short_conv",
         short_conv.conv_kernel,
-        ("*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*i64", "*i64", "*i64") + ("i32",) * 5,
-        dict(HC=1, H=1280, K=4, BLOCK=512),
+        ("*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*i64", "*i64", "*i64", "*i1") + ("i32",) * 5,
+        dict(HC=1, H=1280, K=4, BLOCK=512, DEAD=True),
     )
     yield Case(
         "stem_rows",
@@ -94,7 +100,15 @@ def cases() -> Iterator[Case]:
         vector="ld.global.v4",
     )
     yield Case(
-        "rotary", rotary.rotary_kernel, ("*bf16", "*fp32", "*i64", "i32"), dict(N=40, HALF=64, BLOCK_N=64, BLOCK=64)
+        "rotary, with norms", rotary.rotary_kernel, ("*bf16", "*fp32", "*i64", "*fp32", "i32", "fp32"),
+        dict(N=40, HALF=64, BLOCK_N=64, BLOCK=64, NORM=True),
+    )  # fmt: skip
+    yield Case(
+        "gated_product",
+        gated_product.product_kernel,
+        ("*bf16", "*bf16"),
+        dict(F=9728, BLOCK=1024, GELU=True),
+        vector="ld.global.v4",
     )
     yield Case(
         "sampling",
@@ -129,19 +143,36 @@ def cases() -> Iterator[Case]:
     )
 
 
+def bare_reads() -> Iterator[Case]:
+    """Rows of 80 bytes, the paper's 80 values in fp8."""
+    yield Case("sum of words", reads.sum_kernel, ("*i32", "*i32", "i32"), dict(BLOCK=1024), vector="ld.global.v4")
+    yield Case(
+        "copy of rows",
+        reads.rows_kernel,
+        ("*i32", "*i64", "*i32", "i32"),
+        dict(WORDS=20, WORDS_PADDED=32, ROWS=16),
+        vector="ld.global.v4",
+    )
+
+
 def lookups() -> Iterator[Case]:
-    """Rows of 256 values, 8 heads, as the paper's and DeepSeek's tables have them; strides that 16 divides."""
+    """Rows of 256 values, 8 heads, as the paper's and DeepSeek's tables have them; strides that 16 divides. STEM's."""
+    ngrams = dict(ORDERS=2, ORDERS_PADDED=2, HEADS=8, D=256, WAYS=32, WAYS_PADDED=32, HEADS_PADDED=8, BLOCK=256)
+    token = dict(ORDERS=1, ORDERS_PADDED=1, HEADS=1, D=9728, WAYS=16, WAYS_PADDED=16, HEADS_PADDED=1, BLOCK=4096)
     for kind, number in row_lookup.KINDS.items():
         stored, stride = ("*bf16", 256) if kind == "plain" else ("*u8", 256 if kind == "float8_e4m3" else 272)
-        yield Case(
-            f"row_lookup of {kind} rows",
-            row_lookup.lookup_kernel,
-            (stored, stored, *("*i64",) * 5, "*bf16", "*i64", "i32", "i32", "fp32"),
-            dict(
-                KIND=number, HEADS=8, D=256, STRIDE=stride, WAYS=32, WAYS_PADDED=32, HEADS_PADDED=8, DP=256, CACHED=True
-            ),
-            vector="ld.global.v4.b32",
-        )  # fmt: skip
+        yield lookup_case(f"{kind} rows", stored, {**ngrams, "KIND": number, "STRIDE": stride})
+    yield lookup_case("a token's row", "*bf16", {**token, "KIND": 0, "STRIDE": 9728})
+
+
+def lookup_case(what: str, stored: str, constants: dict[str, Any]) -> Case:
+    return Case(
+        f"row_lookup of {what}",
+        row_lookup.lookup_kernel,
+        (stored, stored, *("*i64",) * 5, "*i1", "*bf16", "*i64", "i32", "i32", "fp32"),
+        {**constants, "CACHED": True, "MASKED": True},
+        vector="ld.global.v4.b32",
+    )
 
 
 def compiled(case: Case, capability: int) -> Any:

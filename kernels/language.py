@@ -1,8 +1,9 @@
-"""Triton, where it is installed; without it kernels are plain functions that nobody calls.
+"""Triton, where it is installed and of use; without it kernels are plain functions that nobody calls.
 
 `from kernels.language import jit, tl` in every op: modules import on any machine, and `available` says whether their
-kernels can run or be compiled. TRITON_INTERPRET=1 in the environment before the first import makes Triton run them on
-the CPU, one program after another; tests do.
+kernels can run or be compiled. Triton takes half a second to import, so a machine without a GPU leaves it alone unless
+TRITON_INTERPRET is in the environment before the first import: 1 makes Triton run the kernels on the CPU, one program
+after another, as tests do; 0 is for compiling without running them.
 """
 
 import importlib
@@ -22,9 +23,10 @@ class NoLanguage:
 
 triton: Any = None
 tl: Any = NoLanguage()
-with suppress(ImportError):
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+    with suppress(ImportError):
+        triton = importlib.import_module("triton")
+        tl = importlib.import_module("triton.language")
 
 available = triton is not None
 interpreting = available and os.environ.get("TRITON_INTERPRET") == "1"

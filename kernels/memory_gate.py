@@ -42,15 +42,17 @@ def gate(
     slots: Tensor | None = None,
     at: Tensor | None = None,
     dead: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """α[T, hc] in fp32. hidden, key [T, hc, H]; value[T, H], rows may be strided, the last dimension is not.
 
-    Without `slots`, adds α · value to hidden in place. With slots[S, hc · H] and at[T], writes the convolution's
-    inputs there and leaves hidden. dead bool[T]: tokens whose α is 0.
+    Without `slots`, adds α · value in place to total[T, hc, H], which is hidden where it is None. With slots[S, hc · H]
+    and at[T], writes the convolution's inputs there and leaves both. dead bool[T]: tokens whose α is 0, for whom
+    nothing is written.
     """
     tokens, branches, width = hidden.shape
     if not runs_on(hidden):
-        return reference(hidden, key, value, weights, slots, at, dead)
+        return reference(hidden, key, value, weights, slots, at, dead, total)
     alpha = torch.empty(tokens, branches, dtype=torch.float32, device=hidden.device)
     gate_kernel[(tokens, branches)](
         hidden,
@@ -58,13 +60,14 @@ def gate(
         value,
         weights.gain,
         weights.conv_gain if weights.conv_gain is not None else weights.gain,
-        slots if slots is not None else alpha,
+        slots if slots is not None else total if total is not None else hidden,
         at if at is not None else alpha,
         dead if dead is not None else alpha,
         alpha,
         hidden.stride(0),
         key.stride(0),
         value.stride(0),
+        (total if total is not None else hidden).stride(0),
         weights.key_eps,
         weights.query_eps,
         weights.conv_eps,
@@ -87,6 +90,7 @@ def reference(
     slots: Tensor | None = None,
     at: Tensor | None = None,
     dead: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """The same with torch's operators."""
     query, keys = hidden.float(), key.float()
@@ -101,11 +105,13 @@ def reference(
         alpha = alpha.masked_fill(dead[:, None], 0.0)
     gated = alpha[..., None] * value.float()[:, None]
     if slots is None:
-        hidden += gated.to(hidden.dtype)
+        into, added = (hidden if total is None else total), gated.to(hidden.dtype)
+        into += added if dead is None else added.masked_fill(dead[:, None, None], -0.0)  # -0 changes no value
     else:
         assert at is not None and weights.conv_gain is not None
         normed = gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + weights.conv_eps) * weights.conv_gain
-        slots.index_copy_(0, at, normed.flatten(1).to(slots.dtype))
+        new = normed.flatten(1).to(slots.dtype)
+        slots.index_copy_(0, at, new if dead is None else torch.where(dead[:, None], slots[at], new))
     return alpha
 
 
@@ -116,13 +122,14 @@ def gate_kernel(
     value,
     gain,
     conv_gain,
-    slots,
+    out,
     at,
     dead,
     alpha,
     hidden_stride,
     key_stride,
     value_stride,
+    out_stride,
     key_eps,
     query_eps,
     conv_eps,
@@ -137,8 +144,7 @@ def gate_kernel(
     token, branch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     real = column < H
-    at_hidden = hidden + token * hidden_stride + branch * H + column
-    q = tl.load(at_hidden, mask=real, other=0.0).to(tl.float32)
+    q = tl.load(hidden + token * hidden_stride + branch * H + column, mask=real, other=0.0).to(tl.float32)
     k = tl.load(key + token * key_stride + branch * H + column, mask=real, other=0.0).to(tl.float32)
     g = tl.load(gain + branch * H + column, mask=real, other=0.0)
     score = tl.sum(k * g * q) / tl.sqrt(H * 1.0)
@@ -149,16 +155,19 @@ def gate_kernel(
     else:
         signed = tl.where(score > 0, root, tl.where(score < 0, -root, 0.0))
     a = 1.0 / (1.0 + tl.exp(-signed))
+    written = real
     if DEAD:
         a = tl.where(tl.load(dead + token) != 0, 0.0, a)
+        written = column < tl.where(tl.load(dead + token) != 0, 0, H)
     tl.store(alpha + token * HC + branch, a)
     gated = a * tl.load(value + token * value_stride + column, mask=real, other=0.0).to(tl.float32)
     if CONV:
         c = tl.load(conv_gain + branch * H + column, mask=real, other=0.0)
         normed = gated * tl.rsqrt(tl.sum(gated * gated) / H + conv_eps) * c
         slot = tl.load(at + token).to(tl.int64)
-        tl.store(slots + (slot * HC + branch) * H + column, normed.to(slots.dtype.element_ty), mask=real)
+        tl.store(out + (slot * HC + branch) * H + column, normed.to(out.dtype.element_ty), mask=written)
     else:
-        tl.store(
-            at_hidden, (q + gated.to(hidden.dtype.element_ty).to(tl.float32)).to(hidden.dtype.element_ty), mask=real
-        )
+        at_out = out + token * out_stride + branch * H + column
+        before = tl.load(at_out, mask=written, other=0.0).to(tl.float32)
+        added = gated.to(hidden.dtype.element_ty).to(tl.float32)
+        tl.store(at_out, (before + added).to(out.dtype.element_ty), mask=written)

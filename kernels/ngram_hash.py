@@ -43,15 +43,26 @@ class HashConstants:
 
 
 def ngram_rows(
-    tokens: Tensor, row_of: Tensor, positions: Tensor, pad: int, constants: HashConstants
+    tokens: Tensor,
+    row_of: Tensor,
+    positions: Tensor,
+    pad: int,
+    constants: HashConstants,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """tokens[R, pad + P], row_of[T], positions[T] → rows int64[L, T, C], mix int64[L, T, O]. No host sync."""
-    if not runs_on(tokens):
-        return reference(tokens, row_of, positions, pad, constants)
+    """tokens[R, pad + P], row_of[T], positions[T] → rows int64[L, T, C], mix int64[L, T, O], contiguous; written to
+    `into` where that is given. No host sync.
+    """
     tables, look_back = constants.multipliers.shape
     heads, count, orders = constants.primes.shape[2], len(positions), len(constants.orders)
-    rows = torch.empty(tables, count, orders * heads, dtype=torch.int64, device=tokens.device)
-    mix = torch.empty(tables, count, orders, dtype=torch.int64, device=tokens.device)
+    rows, mix = into or (
+        torch.empty(tables, count, orders * heads, dtype=torch.int64, device=tokens.device),
+        torch.empty(tables, count, orders, dtype=torch.int64, device=tokens.device),
+    )
+    if not runs_on(tokens):
+        for out, made in zip((rows, mix), reference(tokens, row_of, positions, pad, constants), strict=True):
+            out.copy_(made)
+        return rows, mix
     hash_kernel[(blocks(count, BLOCK_TOKENS), tables)](
         tokens,
         row_of,
@@ -100,7 +111,7 @@ def reference(
         planes[..., place] ^= planes[..., place - 1]
     mix = planes[..., [order - 1 for order in constants.orders]]
     rows = (mix[..., None] % constants.primes[:, None]).reshape(tables, len(positions), -1) + constants.offsets[:, None]
-    return rows, mix.contiguous()
+    return rows, mix
 
 
 @jit

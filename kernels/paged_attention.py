@@ -28,17 +28,24 @@ def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
 
 
 def decode(
-    query: Tensor, cache: Tensor, block_table: Tensor, context_len: Tensor, kv_heads: int, window: int = 0
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_len: Tensor,
+    kv_heads: int,
+    window: int = 0,
+    scale: float = 0.0,
 ) -> Tensor:
     """One query a sequence: query[B, Hq, D], block_table[B, P], context_len[B], itself included → [B, Hq, D].
 
-    The number of splits follows from P alone, so that a graph captured for P pages holds for every length within it.
+    `scale` of query · key; 0: 1 / sqrt(D). The number of splits follows from P alone, so that a graph captured for P
+    pages holds for every length within it.
     """
     sequences, heads, width = query.shape
     out = query.new_empty(query.shape)
     if not runs_on(cache):
         starts = torch.arange(sequences + 1, device=query.device)
-        return reference(query, cache, block_table, starts, context_len, kv_heads, window)
+        return reference(query, cache, block_table, starts, context_len, kv_heads, window, scale)
     block_size = cache.shape[1]
     splits = max(1, blocks(block_table.shape[1] * block_size, SPLIT_TOKENS))
     partial = torch.empty(sequences, heads, splits, width, dtype=torch.float32, device=query.device)
@@ -56,7 +63,7 @@ def decode(
         block_table.stride(0),
         block_size,
         window,
-        width**-0.5,
+        scale or width**-0.5,
         GP=max(16, power_of_two(group)),
         SPLIT=SPLIT_TOKENS,
         BLOCK=BLOCK_N,
@@ -77,14 +84,15 @@ def prefill(
     kv_heads: int,
     longest: int,
     window: int = 0,
+    scale: float = 0.0,
 ) -> Tensor:
     """Queries of several sequences, flat: query[T, Hq, D], query_start[B + 1], context_len[B], queries included.
 
-    `longest`: the most queries of one sequence, known on the host.
+    `longest`: the most queries of one sequence, known on the host; `scale` as in `decode`.
     """
     _, heads, width = query.shape
     if not runs_on(cache):
-        return reference(query, cache, block_table, query_start, context_len, kv_heads, window)
+        return reference(query, cache, block_table, query_start, context_len, kv_heads, window, scale)
     out = query.new_empty(query.shape)
     prefill_kernel[(blocks(longest, BLOCK_M), len(context_len), heads)](
         query,
@@ -97,7 +105,7 @@ def prefill(
         block_table.stride(0),
         cache.shape[1],
         window,
-        width**-0.5,
+        scale or width**-0.5,
         D=width,
         DP=max(16, power_of_two(width)),
         HEADS=heads,
@@ -117,6 +125,7 @@ def reference(
     context_len: Tensor,
     kv_heads: int,
     window: int = 0,
+    scale: float = 0.0,
 ) -> Tensor:
     """The same with torch's operators, one sequence after another, in fp32."""
     _, heads, width = query.shape
@@ -130,7 +139,8 @@ def reference(
         seen = torch.arange(context, device=query.device) <= at[:, None]
         if window:
             seen &= torch.arange(context, device=query.device) > at[:, None] - window
-        score = torch.einsum("qhd,khd->hqk", query[start:stop].float(), kv[:, 0]) * width**-0.5
+        score = torch.einsum("qhd,khd->hqk", query[start:stop].float(), kv[:, 0])
+        score *= scale or width**-0.5
         weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
         out[start:stop] = torch.einsum("hqk,khd->qhd", weight, kv[:, 1]).to(out.dtype)
     return out

@@ -1,5 +1,7 @@
 """Rotary embedding in place: neighbouring pairs (2i, 2i + 1) of every head, turned by the angle of the position.
 
+With a gain, every head is normed before it is turned: x / sqrt(mean(x²) + eps) · gain.
+
 Shapes: T tokens, N heads (queries and keys together), D values a head. Source: arXiv 2104.09864; pairs are neighbours,
 as `server/models/layers.py` lays queries and keys out.
 """
@@ -10,33 +12,41 @@ from torch import Tensor
 from kernels.language import jit, power_of_two, runs_on, tl
 
 
-def rotate_(heads: Tensor, table: Tensor, positions: Tensor) -> None:
-    """heads[T, N, D], rows may be strided; table complex64 [P, D / 2]; positions[T]. fp32 inside."""
+def rotate_(heads: Tensor, table: Tensor, positions: Tensor, gain: Tensor | None = None, eps: float = 0.0) -> None:
+    """heads[T, N, D], rows may be strided; table complex64 [P, D / 2]; positions[T]; gain fp32 [N, D]. fp32 inside."""
     tokens, count, width = heads.shape
     if not runs_on(heads):
-        reference(heads, table, positions)
+        reference(heads, table, positions, gain, eps)
         return
+    angles = torch.view_as_real(table)
     rotary_kernel[(tokens,)](
         heads,
-        torch.view_as_real(table),
+        angles,
         positions,
+        gain if gain is not None else angles,
         heads.stride(0),
+        eps,
         N=count,
         HALF=width // 2,
         BLOCK_N=power_of_two(count),
         BLOCK=power_of_two(width // 2),
+        NORM=gain is not None,
     )
 
 
-def reference(heads: Tensor, table: Tensor, positions: Tensor) -> None:
+def reference(heads: Tensor, table: Tensor, positions: Tensor, gain: Tensor | None = None, eps: float = 0.0) -> None:
     """The same with torch's operators."""
-    pairs = torch.view_as_complex(heads.float().contiguous().view(*heads.shape[:-1], -1, 2))
+    wide = heads.float()
+    if gain is not None:
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gain
+    pairs = torch.view_as_complex(wide.contiguous().view(*heads.shape[:-1], -1, 2))
     heads.copy_(torch.view_as_real(pairs * table[positions][:, None]).flatten(-2))
 
 
 @jit
 def rotary_kernel(
-    heads, table, positions, stride, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
+    heads, table, positions, gain, stride, eps,
+    N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """A program: all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -46,8 +56,13 @@ def rotary_kernel(
     angle = table + tl.load(positions + token).to(tl.int64) * (2 * HALF) + 2 * pair
     cos = tl.load(angle, mask=half, other=0.0)[None, :]
     sin = tl.load(angle + 1, mask=half, other=0.0)[None, :]
-    at = heads + token * stride + head[:, None] * (2 * HALF) + 2 * pair[None, :]
+    within = head[:, None] * (2 * HALF) + 2 * pair[None, :]
+    at = heads + token * stride + within
     x = tl.load(at, mask=real, other=0.0).to(tl.float32)
     y = tl.load(at + 1, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x + y * y, 1) / (2 * HALF) + eps)[:, None]
+        x = x * scale * tl.load(gain + within, mask=real, other=0.0)
+        y = y * scale * tl.load(gain + within + 1, mask=real, other=0.0)
     tl.store(at, (x * cos - y * sin).to(heads.dtype.element_ty), mask=real)
     tl.store(at + 1, (x * sin + y * cos).to(heads.dtype.element_ty), mask=real)

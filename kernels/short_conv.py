@@ -27,14 +27,18 @@ def short_conv(
     positions: Tensor,
     block_size: int,
     dilation: int,
+    dead: Tensor | None = None,
 ) -> None:
     """In place on hidden[T, hc, H]. alpha[T, hc], value[T, H], weight[hc · H, K] fp32, slots[S, hc · H].
 
-    block_table[B, ·] of the step's sequences, sequence_of[T] and positions[T] of its tokens.
+    block_table[B, ·] of the step's sequences, sequence_of[T] and positions[T] of its tokens. dead bool[T]: tokens whose
+    hidden state is left as it is.
     """
     tokens, branches, width = hidden.shape
     if not runs_on(hidden):
-        return reference(hidden, alpha, value, weight, slots, block_table, sequence_of, positions, block_size, dilation)
+        return reference(
+            hidden, alpha, value, weight, slots, block_table, sequence_of, positions, block_size, dilation, dead
+        )
     conv_kernel[(tokens, branches, blocks(width, BLOCK))](
         hidden,
         alpha,
@@ -44,6 +48,7 @@ def short_conv(
         block_table,
         sequence_of,
         positions,
+        dead if dead is not None else alpha,
         hidden.stride(0),
         value.stride(0),
         block_table.stride(0),
@@ -53,6 +58,7 @@ def short_conv(
         H=width,
         K=weight.shape[1],
         BLOCK=BLOCK,
+        DEAD=dead is not None,
     )
     return None
 
@@ -68,6 +74,7 @@ def reference(
     positions: Tensor,
     block_size: int,
     dilation: int,
+    dead: Tensor | None = None,
 ) -> None:
     """The same with torch's operators."""
     taps = weight.shape[1]
@@ -76,7 +83,8 @@ def reference(
     slot = block_table[sequence_of, known // block_size] * block_size + known % block_size
     taken = slots[slot].float().masked_fill((read < 0)[..., None], 0.0)
     mixed = F.silu((taken * weight.T[:, None]).sum(0)).view_as(hidden)
-    hidden += (alpha[..., None] * value.float()[:, None] + mixed).to(hidden.dtype)
+    added = (alpha[..., None] * value.float()[:, None] + mixed).to(hidden.dtype)
+    hidden += added if dead is None else added.masked_fill(dead[:, None, None], -0.0)  # -0 changes no value
 
 
 @jit
@@ -89,6 +97,7 @@ def conv_kernel(
     block_table,
     sequence_of,
     positions,
+    dead,
     hidden_stride,
     value_stride,
     table_stride,
@@ -98,11 +107,14 @@ def conv_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEAD: tl.constexpr,
 ):
     """A program: BLOCK values of one token and branch."""
     token, branch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     real = column < H
+    if DEAD:
+        real = column < tl.where(tl.load(dead + token) != 0, 0, H)
     position = tl.load(positions + token).to(tl.int64)
     pages = block_table + tl.load(sequence_of + token).to(tl.int64) * table_stride
     mixed = tl.zeros([BLOCK], tl.float32)

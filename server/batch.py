@@ -73,3 +73,39 @@ class Batch:
     def sequence_of(self) -> Ints:
         """[T] index of the sequence each token belongs to."""
         return np.repeat(np.arange(self.num_sequences), np.diff(self.query_start))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One decode step as the device sees it: one token a sequence, B of them, the last of which may be dummies.
+
+    All tensors live on the device and are rewritten in place between steps, never replaced, so that a captured CUDA
+    graph finds the new step at the old addresses. N pages, K attached packs, R rows of the token table.
+
+    tokens[R, pad + P]             int64; the token table's copy on the device; position p of a row is column pad + p
+    row_of[B], positions[B]        int64; each token's row in it and its place in its sequence
+    block_table[B, N]              int64, padded with block 0
+    context_len[B], slots[B]       int64; positions + 1, and where K, V and convolution inputs of this token are stored
+    sees[K, B]                     bool; which tokens read which pack, packs in the order of attachment
+
+    A dummy has a row, a block and a slot of its own that nobody reads, and sees no pack.
+    """
+
+    tokens: Tensor
+    pad: int
+    row_of: Tensor
+    positions: Tensor
+    block_table: Tensor
+    context_len: Tensor
+    slots: Tensor
+    sees: Tensor
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.row_of)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[B] the ids of this step's tokens."""
+        return self.tokens[self.row_of, self.pad + self.positions]

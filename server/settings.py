@@ -45,7 +45,14 @@ class Settings:
     quantize: str = setting(
         "none", "integer weights for steps of few tokens (CPU)", "model", choices=("none", "int8", "int4")
     )
+    cpu_kernels: str = setting(
+        "auto", "C kernels between the matrices of a step on CPU, built once by the C compiler that is there; auto: "
+        "without them where there is none", "model", choices=("auto", "on", "off"),
+    )  # fmt: skip
     device: str = setting("auto", "where the backbone runs", "model", choices=("auto", "cpu", "cuda"))
+    cuda_graphs: str = setting(
+        "on", "replay decode steps on a GPU as captured CUDA graphs", "model", choices=("on", "off")
+    )
     threads: int = setting(0, "compute threads of the engine; 0: as many as the CPU quota gives", "model")
     max_model_len: int = setting(
         0, "longest prompt + answer in tokens; 0: the model's own limit, at most 8192", "model"

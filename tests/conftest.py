@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kernels.cpu.build import NoKernels, library
+
 if TYPE_CHECKING:
     from server.models.source import ModelSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# tests/kernels: Triton decides when it is first imported, and transformers may import it.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# tests/kernels: Triton decides when it is first imported, and transformers may import it. With a GPU it compiles.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two threads on tiny tensors spend their time handing work over; and sums stay in one order.
 torch.set_num_threads(1)
@@ -36,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         room = item.path.relative_to(item.config.rootpath / "tests").parts[0]
         if room in ("soak", "gpu"):
             item.add_marker(room)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def c_kernels() -> None:
+    """Built, if they can be, before a test moves the cache folder."""
+    with suppress(NoKernels):
+        library()
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ def settings_for(model: str, **flags: Any) -> Settings:
     return Settings(**{"model": model, **small, **flags})
 
 
-def engine_on(model: str, **flags: Any) -> Engine:
-    """A fresh engine over a loaded model, fp32 unless told otherwise."""
+def engine_on(model: str, *, device_path: bool = False, **flags: Any) -> Engine:
+    """A fresh engine over a loaded model, fp32 unless told otherwise. `device_path`: as on a GPU, without graphs."""
     settings = settings_for(model, **flags)
-    return build_engine(settings, load(settings))
+    return build_engine(settings, load(settings, device_path=device_path))
 
 
 def outputs_of(engine: Engine, submits: list[Submit]) -> dict[tuple[str, int], list[TokenOutput]]:

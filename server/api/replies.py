@@ -197,6 +197,12 @@ class Status(Reply):
     status: str
 
 
+class Readiness(Status):
+    """`notes`: what does not work as asked for although everything is served."""
+
+    notes: list[str] = []
+
+
 class Version(Reply):
     version: str
 

@@ -22,7 +22,7 @@ from server.cache.row_table import Table
 from server.memory.addressing import windows_of
 from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache
-from server.models.attention.sdpa import SdpaBackend
+from server.models.c_kernels import attention_over
 from server.models.tokenizer import Tokenizer
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, device_cache, open_packs, placed
@@ -62,7 +62,7 @@ def build_arm(loaded: Loaded, settings: Settings, tier: str, tables: Mapping[str
     hot = device_cache(settings, packs, loaded.device)
     prefetcher = Prefetcher(loaded.dtype, loaded.device, settings.staging, settings.prefetch == "on", hot)
     memories = Memories(packs, prefetcher) if packs else None
-    attention = SdpaBackend(loaded.source.config, cache)
+    attention = attention_over(loaded.source.config, cache, loaded.kernels)
     return Arm(build_engine(settings, replace(loaded, attention=attention, memories=memories)))
 
 
@@ -112,29 +112,37 @@ def warm_pages(arm: Arm, pieces: Sequence[Text]) -> None:
 
 def alternate(arms: Mapping[str, Arm], pieces: Sequence[Text], count: int, seconds: float) -> None:
     """Steps of `count` sequences for about so many seconds: rounds of ROUND turns, each round over other pieces."""
-    draw, order = random.Random(count), list(arms)
+    draw, orders = random.Random(count), list[list[str]]()
     for arm in arms.values():
         arm.seconds.clear()
         arm.counted.clear()
     ends, at = time.perf_counter() + seconds, 0
-    while not arms[order[0]].seconds or time.perf_counter() < ends:
+    first = next(iter(arms.values()))
+    while not first.seconds or time.perf_counter() < ends:
         chosen = [pieces[(at + index) % len(pieces)] for index in range(count)]
         at += count
         for arm in arms.values():
             warm_pages(arm, chosen)
             start(arm.engine, chosen)
         for turn in range(ROUND):
-            if turn == WARM_TURNS and not arms[order[0]].counted:
+            if turn == WARM_TURNS and not first.counted:
                 for arm in arms.values():
                     arm.counted.extend(arm.tables())
-            draw.shuffle(order)
-            for name in order:
+            orders = orders or balanced(list(arms), draw)
+            for name in orders.pop():
                 begun = time.perf_counter()
                 arms[name].engine.step()
                 if turn >= WARM_TURNS:
                     arms[name].seconds.append(time.perf_counter() - begun)
             if turn > 4 * WARM_TURNS and time.perf_counter() > ends:
                 break
+
+
+def balanced(names: list[str], draw: random.Random) -> list[list[str]]:
+    """As many orders as there are names, drawn at random, in which each name stands at each place once."""
+    drawn = draw.sample(names, len(names))
+    orders = [drawn[at:] + drawn[:at] for at in range(len(drawn))]
+    return draw.sample(orders, len(orders))
 
 
 def device_tables(arm: Arm) -> dict[str, Table]:

@@ -1,7 +1,8 @@
 """`bench cold`: what the first answer after a cold start waits for, beside what the disk can do.
 
-Two tables of more than 4 GB each, every byte written. Before each cold measurement their pages are dropped, and mincore
-says that they are gone. Every round takes, in turns and in random order:
+Three memories: an Engram with two tables of more than 4 GB each, STEM rows for four layers, and both on one model,
+every byte written. Before each cold measurement their pages are dropped, and mincore says that they are gone. Every
+round takes, in turns and in random order:
 
     cold     time to the first token of a 2,048-token prompt, no page in memory
     warm     the same prompt again, its pages there, prefix cache off
@@ -10,13 +11,17 @@ says that they are gone. Every round takes, in turns and in random order:
     demand   the same pages read row by row, as they come, by the one thread that gathers
     disk     random 4 KiB reads of other pages at the best of the swept settings
 
-added = cold − warm. The sweep over threads and depths comes first, on the same file.
+added = cold − warm. The sweep over threads and depths comes first, on the same file. Before all that, whole loads in
+turns: with a mapped table of 100 GB, full of holes, and with one of 1 GB.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +29,29 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.big_pack import big_pack
+from server.bench.big_pack import STRIDE, memories_on_disk, tables_of
 from server.bench.disk import rate, sweep
 from server.bench.page_cache import drop, resident_pages
-from server.bench.paired import machine, write_json
+from server.bench.paired import machine, ratio, write_json
+from server.bench.sparse_packs import DIM, sparse_engram
 from server.bench.text import prompts
 from server.cache.row_table import RowTable
 from server.cache.row_types import Ids
 from server.memory.addressing import windows_of
+from server.models.source import open_source
 from server.runtime.engine import Engine
 from server.runtime.load import load
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.process import build_engine
-from server.settings import DEFAULT_MODEL, Settings
+from server.settings import DEFAULT_MODEL, Settings, cache_folder
 
 LAYERS = (1, 15)
 TABLE_BYTES = 4_300_000_000
 PROMPT_TOKENS = 2048
 PIECE_ROWS = 8192
 SWEEPS = 3
-ENOUGH_SECONDS = 420
+START_BYTES, STARTS = (10**9, 10**11), 5
+ENOUGH_SECONDS = {"engram": 240, "stem": 60, "engram+stem": 150}  # of rounds
 ONE = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
 
@@ -57,41 +65,83 @@ def run(
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment, prints its table, writes `json`. Returns what it wrote."""
-    with big_pack(model, LAYERS, table_bytes, folder, keep) as pack:
-        settings = Settings(
-            model=model,
-            memory=(str(pack),),
-            max_num_seqs=4,
-            max_model_len=PROMPT_TOKENS + 64,
-            prefix_cache="off",
-            kv_bytes=512 << 20,
-        )
-        loaded = load(settings)
-        engine = build_engine(settings, loaded)
-        pieces = prompts(loaded.source.tokenizer, rounds + 1, PROMPT_TOKENS)
-        first_token(engine, pieces[-1])  # everything but the pages is warm from here on
-        points = sweep_disk(tables_of(engine))
-        result = {
-            "experiment": "cold",
-            "machine": machine(),
-            "model": model,
-            "layers": list(LAYERS),
-            "table_bytes": [table.nbytes for table in tables_of(engine)],
-            "prompt_tokens": PROMPT_TOKENS,
-            "disk": points,
-            **measured(all_rounds(engine, pieces[:-1], best(points)), points),
-        }
-        assert loaded.memories is not None
-        loaded.memories.close()
+    start = starts(model, folder)
+    points: list[dict[str, Any]] = []
+    arms: dict[str, Any] = {}
+    with memories_on_disk(model, LAYERS, table_bytes, folder, keep) as memories:
+        for name, memory in memories.items():
+            with cold_engine(model, memory) as engine:
+                pieces = prompts(open_source(model).tokenizer, rounds + 1, PROMPT_TOKENS)
+                first_token(engine, pieces[-1])  # everything but the pages is warm from here on
+                points = points or sweep_disk(mapped(engine))
+                found = all_rounds(engine, pieces[:-1], best(points), ENOUGH_SECONDS[name])
+                arms[name] = {
+                    "table_bytes": [table.nbytes for table in tables_of(engine)],
+                    **measured(found, points),
+                }
+    result = {
+        "experiment": "cold",
+        "machine": machine(),
+        "model": model,
+        "layers": list(LAYERS),
+        "prompt_tokens": PROMPT_TOKENS,
+        "start": start,
+        "disk": points,
+        **arms.pop("engram"),
+        "arms": arms,
+    }
     Console().print(table(result))
     write_json(json, result)
     return result
 
 
-def tables_of(engine: Engine) -> list[RowTable]:
-    assert engine.runner.memories is not None
-    found = [table for pack in engine.runner.memories.packs for table in pack.tables.values()]
-    return [table for table in found if isinstance(table, RowTable)]
+def starts(model: str, folder: Path | None) -> dict[str, Any]:
+    """Seconds of whole loads with the small and the large sparse table, mapped, and their paired ratio."""
+    parent = folder or cache_folder()
+    parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[int, list[float]] = {nbytes: [] for nbytes in START_BYTES}
+    with tempfile.TemporaryDirectory(prefix=".start-", dir=parent) as made:
+        source = open_source(model)
+        packs = {
+            nbytes: sparse_engram(source, Path(made) / str(nbytes), LAYERS[:1], nbytes * DIM // STRIDE)
+            for nbytes in START_BYTES
+        }
+        for turn in range(-1, STARTS):  # the first of each reads the weights from the disk
+            for nbytes in START_BYTES[:: 1 if turn % 2 else -1]:
+                begun = time.perf_counter()
+                loaded = load(Settings(model=model, memory=(str(packs[nbytes]),), kv_bytes=64 << 20, max_model_len=512))
+                if turn >= 0:
+                    seconds[nbytes].append(time.perf_counter() - begun)
+                assert loaded.memories is not None
+                loaded.memories.close()
+    small, large = START_BYTES
+    return {
+        "table_bytes": list(START_BYTES),
+        "seconds": list(seconds.values()),
+        "large_over_small": ratio(seconds[large], seconds[small]).as_json(),
+    }
+
+
+@contextmanager
+def cold_engine(model: str, memory: tuple[str, ...]) -> Iterator[Engine]:
+    settings = Settings(
+        model=model,
+        memory=memory,
+        max_num_seqs=4,
+        max_model_len=PROMPT_TOKENS + 64,
+        prefix_cache="off",
+        kv_bytes=512 << 20,
+    )
+    loaded = load(settings)
+    try:
+        yield build_engine(settings, loaded)
+    finally:
+        assert loaded.memories is not None
+        loaded.memories.close()
+
+
+def mapped(engine: Engine) -> list[RowTable]:
+    return [table for table in tables_of(engine) if isinstance(table, RowTable)]
 
 
 def sweep_disk(tables: list[RowTable]) -> list[dict[str, Any]]:
@@ -113,12 +163,14 @@ def first_token(engine: Engine, prompt: tuple[int, ...]) -> float:
     return time.perf_counter() - begun
 
 
-def all_rounds(engine: Engine, pieces: list[tuple[int, ...]], setting: dict[str, Any]) -> list[dict[str, float]]:
+def all_rounds(
+    engine: Engine, pieces: list[tuple[int, ...]], setting: dict[str, Any], seconds: float
+) -> list[dict[str, float]]:
     """One round for every prompt; fewer, but one at least, on a machine too busy for all of them."""
     begun, found = time.perf_counter(), []
     for number, piece in enumerate(pieces):
         found.append(one_round(engine, piece, setting, number))
-        if time.perf_counter() - begun > ENOUGH_SECONDS:
+        if time.perf_counter() - begun > seconds:
             break
     return found
 
@@ -130,7 +182,7 @@ def stalled(engine: Engine) -> float:
 
 def one_round(engine: Engine, prompt: tuple[int, ...], setting: dict[str, Any], seed: int) -> dict[str, float]:
     """One measurement of every arm, in random order."""
-    tables, found = tables_of(engine), {}
+    tables, found = mapped(engine), {}
     ids = rows_of(engine, prompt)
     generator = np.random.default_rng(seed)
     arms = ["cold", "unasked", "page_in", "demand", "disk"]
@@ -229,11 +281,18 @@ def measured(rounds: list[dict[str, float]], points: list[dict[str, Any]]) -> di
 
 def table(result: dict[str, Any]) -> Table:
     made = Table(title=f"cold start of a {result['prompt_tokens']}-token prompt, {result['machine']['processor']}")
-    made.add_column("figure")
-    made.add_column("median", justify="right")
-    for name, value in {**result["median"], **result["ratios"]}.items():
-        shown = f"{value * 1e3:,.0f} ms" if name.endswith("_s") and not name.endswith("per_s") else f"{value:,.2f}"
-        made.add_row(name.replace("_", " "), shown)
+    made.add_column("median")
+    arms = [result, *result["arms"].values()]
+    for name in ("engram", *result["arms"]):
+        made.add_column(name, justify="right")
+    for kind in ("median", "ratios"):
+        for name in result[kind]:
+            seconds = name.endswith("_s") and not name.endswith("per_s")
+            values = [arm[kind][name] for arm in arms]
+            shown = [f"{value * 1e3:,.0f} ms" if seconds else f"{value:,.2f}" for value in values]
+            made.add_row(name.replace("_", " "), *shown)
     setting = result["best_disk_setting"]
+    start = result["start"]["large_over_small"]["median"]
+    made.add_row("start with 100 GB over 1 GB", f"{start:.3f}")
     made.add_row("best disk setting", f"{setting['threads']} threads, depth {setting['depth']}")
     return made

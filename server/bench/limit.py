@@ -1,7 +1,7 @@
 """`bench limit`: a memory four times as large as the RAM it may hold, under load, beside the same memory all in RAM.
 
-Two engines over the same weights and the same table files take one step each per turn, in random order, on the same
-requests:
+The memories: an Engram of gigabytes, STEM rows for four layers, and both on one model. For each, two engines over the
+same weights and the same table files take one step each per turn, in random order, on the same requests:
 
     limited    mapped, --host-memory-limit a quarter of the tables' bytes
     resident   the tables copied to the device
@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.big_pack import big_pack
+from server.bench.big_pack import memories_on_disk, tables_of
 from server.bench.page_cache import resident_pages
 from server.bench.paired import machine, ratio, write_json
 from server.bench.text import prompts
@@ -41,6 +41,7 @@ BUDGET = 512  # tokens a step
 SHARE = 4  # table bytes over the limit
 SEQUENCES, PROMPT_TOKENS, NEW_TOKENS, PIECES = 8, 256, 16, 300
 LOOK_TURNS, CHECKED_ROWS = 4, 500
+SECONDS = {"engram": 1.0, "stem": 0.4, "engram+stem": 0.5}  # shares of the time asked for
 
 
 def run(
@@ -53,40 +54,46 @@ def run(
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment, prints its table, writes `json`. Returns what it wrote."""
-    with big_pack(model, LAYERS, table_bytes, folder, keep) as pack:
-        base = Settings(model=model, memory=(str(pack),), max_num_seqs=SEQUENCES, max_model_len=512, kv_bytes=256 << 20)
-        base = replace(base, prefix_cache="off", max_num_batched_tokens=BUDGET)
-        resident = load(replace(base, placement=("device",)))
-        total = resident.plan.copied("device")
-        limit = total // SHARE
-        limited = load(replace(base, host_memory_limit=limit))
-        arms = {"resident": build_engine(base, resident), "limited": build_engine(base, limited)}
-        pieces = prompts(resident.source.tokenizer, PIECES, PROMPT_TOKENS)
-        result = {
-            "experiment": "limit",
-            "machine": machine(),
-            "model": model,
-            "layers": list(LAYERS),
-            "table_bytes": total,
-            "limit_bytes": limit,
-            **measure(arms, pieces, seconds),
-        }
-        for loaded in (limited, resident):
-            assert loaded.memories is not None
-            loaded.memories.close()
+    with memories_on_disk(model, LAYERS, table_bytes, folder, keep) as memories:
+        found = {name: under_limit(model, memory, SECONDS[name] * seconds) for name, memory in memories.items()}
+    result = {
+        "experiment": "limit",
+        "machine": machine(),
+        "model": model,
+        "layers": list(LAYERS),
+        **found.pop("engram"),
+        "arms": found,
+    }
     Console().print(table(result))
     write_json(json, result)
     return result
 
 
-def measure(arms: dict[str, Engine], pieces: list[tuple[int, ...]], seconds: int) -> dict[str, Any]:
-    """Steps both arms in turns until the time is over."""
+def under_limit(model: str, memory: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    """Both engines over these packs for so many seconds: what is measured, with the bytes of tables and limit."""
+    base = Settings(model=model, memory=memory, max_num_seqs=SEQUENCES, max_model_len=512, kv_bytes=256 << 20)
+    base = replace(base, prefix_cache="off", max_num_batched_tokens=BUDGET)
+    resident = load(replace(base, placement=("device",)))
+    total = resident.plan.copied("device")
+    limit = total // SHARE
+    limited = load(replace(base, host_memory_limit=limit))
+    engines = {"resident": build_engine(base, resident), "limited": build_engine(base, limited)}
+    pieces = prompts(resident.source.tokenizer, PIECES, PROMPT_TOKENS)
+    found = {"table_bytes": total, "limit_bytes": limit, **measure(engines, pieces, seconds)}
+    for loaded in (limited, resident):
+        assert loaded.memories is not None
+        loaded.memories.close()
+    return found
+
+
+def measure(arms: dict[str, Engine], pieces: list[tuple[int, ...]], seconds: float) -> dict[str, Any]:
+    """Steps both engines in turns until the time is over."""
     draw, generator = random.Random(0), np.random.default_rng(0)
     steps: dict[str, list[float]] = {name: [] for name in arms}
     paths = [file.path for table in tables_of(arms["limited"]) for file in getattr(table, "files", ())]
     resident, tokens, checked, wrong, submitted = [], 0, 0, 0, 0
     begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+    while time.perf_counter() - begun < seconds or len(steps["limited"]) < 2 * LOOK_TURNS:
         while len(arms["limited"].scheduler.sequences()) < SEQUENCES:
             for engine in arms.values():
                 submit(engine, submitted, pieces[submitted % len(pieces)])
@@ -133,11 +140,6 @@ def submit(engine: Engine, number: int, prompt: tuple[int, ...]) -> None:
     engine.submit(Submit(f"limit-{number}", prompt, params, tuple(engine.packs)))
 
 
-def tables_of(engine: Engine) -> list[StoredTable]:
-    assert engine.runner.memories is not None
-    return [table for pack in engine.runner.memories.packs for table in pack.tables.values()]
-
-
 def same_rows(one: StoredTable, other: StoredTable, generator: np.random.Generator) -> bool:
     """Whether random rows are the same in both, byte for byte."""
     ids = generator.integers(0, one.rows, CHECKED_ROWS)
@@ -148,23 +150,30 @@ def same_rows(one: StoredTable, other: StoredTable, generator: np.random.Generat
 
 
 def table(result: dict[str, Any]) -> Table:
-    made = Table(title=f"a table {SHARE} times its limit, {result['machine']['processor']}")
+    made = Table(title=f"tables {SHARE} times their limit, {result['machine']['processor']}")
     made.add_column("figure")
-    made.add_column("value", justify="right")
-    bytes_of = result["resident_bytes"]
-    made.add_row("tables", f"{result['table_bytes']:,} bytes")
-    made.add_row("limit", f"{result['limit_bytes']:,} bytes")
-    made.add_row("most resident", f"{bytes_of['most']:,} bytes")
-    made.add_row(
-        "resident, second half", f"{bytes_of['second_half_least']:,} to {bytes_of['second_half_most']:,} bytes"
-    )
-    made.add_row("pages dropped", f"{result['pages_dropped']:,}")
-    made.add_row("waits for room", f"{result['waits_for_room']:,}")
-    made.add_row("turns, rows compared", f"{result['turns']:,}, {result['rows_compared']:,}")
-    made.add_row("that differed", f"{result['turns_or_checks_that_differed']:,}")
-    for name, value in result["step_ms"].items():
-        made.add_row(f"step, {name}", f"{value:.1f} ms")
-    pair = result["ratios"]["limited_over_resident_throughput"]
-    made.add_row("throughput, limited over resident", "{:.3f} ({:.3f} to {:.3f})".format(pair["median"], *pair["ci95"]))
-    made.add_row("the same over all steps", f"{result['total_seconds_ratio']:.3f}")
+    arms = {"engram": result, **result["arms"]}
+    for name in arms:
+        made.add_column(name, justify="right")
+    columns = [lines(arm) for arm in arms.values()]
+    for figure in columns[0]:
+        made.add_row(figure, *(column[figure] for column in columns))
     return made
+
+
+def lines(found: dict[str, Any]) -> dict[str, str]:
+    """One memory's figures, as the table shows them."""
+    bytes_of, pair = found["resident_bytes"], found["ratios"]["limited_over_resident_throughput"]
+    return {
+        "tables, bytes": f"{found['table_bytes']:,}",
+        "limit, bytes": f"{found['limit_bytes']:,}",
+        "most resident, bytes": f"{bytes_of['most']:,}",
+        "resident in the second half": f"{bytes_of['second_half_least']:,} to {bytes_of['second_half_most']:,}",
+        "pages dropped": f"{found['pages_dropped']:,}",
+        "waits for room": f"{found['waits_for_room']:,}",
+        "turns, rows compared": f"{found['turns']:,}, {found['rows_compared']:,}",
+        "that differed": f"{found['turns_or_checks_that_differed']:,}",
+        **{f"step, {name}": f"{value:.1f} ms" for name, value in found["step_ms"].items()},
+        "throughput, limited over resident": "{:.3f} ({:.3f} to {:.3f})".format(pair["median"], *pair["ci95"]),
+        "the same over all steps": f"{found['total_seconds_ratio']:.3f}",
+    }

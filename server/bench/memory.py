@@ -32,7 +32,7 @@ from server.cache.row_types import Bytes
 from server.commands.attach import attach
 from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache
-from server.models.attention.sdpa import SdpaBackend
+from server.models.c_kernels import attention_over
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, load, open_packs
 from server.runtime.messages import SamplingParams, Submit
@@ -75,7 +75,7 @@ def arm(loaded: Loaded, settings: Settings, *, slow: bool = False) -> Engine:
             pack.tables = {layer: SlowTable(table) for layer, table in pack.tables.items()}
     prefetcher = Prefetcher(loaded.dtype, loaded.device, settings.staging, settings.prefetch == "on")
     memories = Memories(packs, prefetcher) if packs else None
-    attention = SdpaBackend(loaded.source.config, cache)
+    attention = attention_over(loaded.source.config, cache, loaded.kernels)
     return build_engine(settings, replace(loaded, attention=attention, memories=memories))
 
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from server.bench.arms import PROMPT_TOKENS, ROUND, Arm, Text, alternate, build_arm, close, device_tables, pieces_of
-from server.bench.paired import machine, ratio, write_json
-from server.bench.sparse_packs import sparse_engram, sparse_stem
+from server.bench.paired import machine, middle_half, ratio, write_json
+from server.bench.sparse_packs import sparse_engram, sparse_stem, stem_layers
 from server.cache.prefetcher import Fetch, Lookup
 from server.cache.tally import Tally
 from server.models.attention.kv_cache import kv_bytes_per_token
@@ -37,11 +37,11 @@ from server.runtime.load import choose_device, choose_dtype, load
 from server.settings import DEFAULT_MODEL, GIB, MIB, Settings
 
 CONCURRENCY = (1, 8, 32)
-STEM_DEPTHS = (0.30, 0.44, 0.57, 0.70)  # of the layers: 9, 13, 17 and 21 of 30
 PARAMETERS = 10_000_000_000
 ROW_OVERHEAD = 80 / 64  # bytes per parameter of a packed int8 row of 64 values
 SPARE = 5 * GIB  # left to KV caches, weights, page cache and others beside the resident table
-SECONDS, STEM_SHARE = 75.0, 0.4
+# Of measuring at each concurrency: longer where single steps scatter more. With STEM besides within 15 minutes.
+SECONDS, STEM_SHARE = {1: 60.0, 8: 110.0, 32: 340.0}, 0.3
 CACHE = 64 * MIB
 
 
@@ -85,14 +85,17 @@ def counting_share(arm: Arm, sequences: int) -> float:
     return (time.perf_counter() - begun) / repeats / float(np.median(arm.seconds))
 
 
-def measure(arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]], pieces: Sequence[Text], seconds: float) -> Any:
-    """At each concurrency, the arms in turn; their ratios (a, b): throughput of a over b."""
+def measure(
+    arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]], pieces: Sequence[Text], seconds: Mapping[int, float]
+) -> dict[str, Any]:
+    """At each concurrency for so many seconds, the arms in turn; their ratios (a, b): throughput of a over b."""
     found: dict[str, Any] = {"ratios": {f"{a}_over_{b}": {"throughput": {}} for a, b in pairs}}
     found |= {"step_ms": {}, "memory": {}}
     for count in CONCURRENCY:
-        alternate(arms, pieces, count, seconds)
+        alternate(arms, pieces, count, seconds[count])
         for a, b in pairs:
-            measured = ratio(arms[b].seconds, arms[a].seconds).as_json()
+            times = arms[b].seconds, arms[a].seconds
+            measured = {**ratio(*times).as_json(), "middle_half": middle_half(*times)}
             found["ratios"][f"{a}_over_{b}"]["throughput"][str(count)] = measured
         found["step_ms"][str(count)] = {name: float(np.median(arm.seconds)) * 1e3 for name, arm in arms.items()}
         found["memory"][str(count)] = {
@@ -108,16 +111,18 @@ def resident_parameters(wanted: int) -> int:
 
 
 def run(
-    *, model: str = DEFAULT_MODEL, parameters: int = PARAMETERS, seconds: float = SECONDS, json: Path | None = None
+    *, model: str = DEFAULT_MODEL, parameters: int = PARAMETERS, seconds: float | None = None, json: Path | None = None
 ) -> dict[str, Any]:
-    """Runs the experiment, prints its tables, writes `json`. Returns what it wrote. `seconds` per concurrency."""
+    """Runs the experiment, prints its tables, writes `json`. Returns what it wrote. `seconds` per concurrency; None:
+    what makes the interval narrow."""
+    spans = {count: SECONDS[count] if seconds is None else seconds for count in CONCURRENCY}
     console = Console()
     torch.set_num_threads(cpu_quota())
     bare = settings_for(model)
     loaded = load(bare)
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
         count = loaded.source.config.num_layers
-        layers, stem_layers = (1, count // 2), tuple(sorted({int(depth * count) for depth in STEM_DEPTHS}))
+        layers, middle = (1, count // 2), stem_layers(loaded.source)
         engram = sparse_engram(loaded.source, Path(folder) / "engram", layers, parameters)
         held = resident_parameters(parameters)
         resident = engram
@@ -126,7 +131,7 @@ def run(
                 f"free memory holds {held / 1e9:.1f} of {parameters / 1e9:.1f}B parameters: resident is smaller"
             )
             resident = sparse_engram(loaded.source, Path(folder) / "resident", layers, held)
-        stem = sparse_stem(loaded.source, Path(folder) / "stem", stem_layers)
+        stem = sparse_stem(loaded.source, Path(folder) / "stem", middle)
         mapped, in_memory = f"engram={engram}", f"engram={resident}"
         pieces = pieces_of(loaded.source.tokenizer, 8 * max(CONCURRENCY), bare.max_model_len)
         console.print("[dim]copying the resident table …[/dim]")
@@ -136,7 +141,7 @@ def run(
             "offload": build_arm(loaded, replace(bare, memory=(mapped,)), "mapped"),
             "cached": build_arm(loaded, replace(bare, memory=(mapped,), device_cache=CACHE), "mapped"),
         }
-        console.print(f"[dim]{', '.join(arms)}: {seconds:.0f} s at each of {CONCURRENCY} sequences …[/dim]")
+        console.print(f"[dim]{', '.join(arms)}: {said(spans)} …[/dim]")
         pairs = [("offload", "resident"), ("offload", "none"), ("resident", "none"), ("cached", "resident")]
         result: dict[str, Any] = {
             "experiment": "offload",
@@ -148,7 +153,7 @@ def run(
             "layers": list(layers),
             "rows_per_token": 32,
             "device_cache": CACHE,
-            **measure(arms, pairs, pieces, seconds),
+            **measure(arms, pairs, pieces, spans),
             "counting_share_of_step": counting_share(arms["offload"], max(CONCURRENCY)),
         }
         tables = device_tables(arms["resident"])
@@ -163,17 +168,21 @@ def run(
             "engram+stem offload": build_arm(stem_loaded, both[0], "mapped"),
             "engram+stem resident": build_arm(stem_loaded, both[1], "device", tables),
         }
-        short = STEM_SHARE * seconds
-        console.print(f"[dim]{', '.join(stems)}: {short:.0f} s at each of {CONCURRENCY} sequences …[/dim]")
+        short = {count: STEM_SHARE * span for count, span in spans.items()}
+        console.print(f"[dim]{', '.join(stems)}: {said(short)} …[/dim]")
         pairs = [(f"{kind} offload", f"{kind} resident") for kind in ("stem", "engram+stem")]
         pairs += [(f"{kind} offload", "none") for kind in ("stem", "engram+stem")]
-        result["stem"] = {"layers": list(stem_layers), **measure(stems, pairs, pieces, short)}
+        result["stem"] = {"layers": list(middle), **measure(stems, pairs, pieces, short)}
         close(arms["resident"], *stems.values())
     for found, title in ((result, "an Engram memory"), (result["stem"], "STEM memories")):
         console.print(table_of(found, f"{title}, {result['machine']['processor']}"))
     console.print(f"counting takes {result['counting_share_of_step']:.2%} of a step")
     write_json(json, result)
     return result
+
+
+def said(spans: Mapping[int, float]) -> str:
+    return ", ".join(f"{seconds:.0f} s at {count}" for count, seconds in spans.items()) + " sequences"
 
 
 def settings_for(model: str) -> Settings:
@@ -191,8 +200,8 @@ def table_of(found: Mapping[str, Any], title: str) -> Table:
     for column in ("sequences", *(name.replace("_", " ") for name in found["ratios"])):
         made.add_column(column, justify="right")
     for count in map(str, CONCURRENCY):
-        pairs = [pair["throughput"][count] for pair in found["ratios"].values()]
-        made.add_row(count, *("{:.4f}\n{:.4f}–{:.4f}".format(pair["median"], *pair["ci95"]) for pair in pairs))
+        pairs = [pair["throughput"][count]["middle_half"] for pair in found["ratios"].values()]
+        made.add_row(count, *("{:.4f}\n{:.4f}–{:.4f}".format(pair["mean"], *pair["ci95"]) for pair in pairs))
     lines = []
     for count, memory in found["memory"].items():
         for name, figures in memory.items():

@@ -37,10 +37,12 @@ def drop(tables: Iterable[RowTable]) -> int:
     """Drops the tables' files; returns how many of their pages are left. Raises CapacityError if they stay."""
     left = 0
     for table in tables:
-        for file in table.files:
-            file.unmap(0, file.seen.st_size)
         stay = 0
-        for _ in range(TRIES):  # pages just read wait in the kernel's batches for a moment, where none is dropped
+        # Pages just read wait in the kernel's batches for a moment, where none is dropped, and a fetch that nobody
+        # waits for may still map some.
+        for _ in range(TRIES):
+            for file in table.files:
+                file.unmap(0, file.seen.st_size)
             table.forget()
             stay = sum(resident_pages(file.path) for file in table.files)
             if stay <= WARM_PAGES * len(table.files):

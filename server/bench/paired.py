@@ -2,7 +2,8 @@
 
 On a shared machine only alternation resolves small differences. Two arms take turns within one process; each turn
 gives one ratio; the median of the ratios is quoted with a bootstrap interval over blocks of neighbouring turns,
-because drift makes neighbours alike.
+because drift makes neighbours alike. Where a per cent is to be resolved, the mean of the ratios' middle half besides:
+as deaf to single slow steps as the median, and narrower on plain noise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+Floats = npt.NDArray[np.float64]
 
 BLOCK = 8  # neighbouring turns resampled together
 RESAMPLES = 2000
@@ -41,12 +45,32 @@ class Ratio:
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Ratio:
     """Median of numerators[i] / denominators[i] with a block-bootstrap interval."""
     ratios = np.asarray(numerators) / np.asarray(denominators)
-    generator = np.random.default_rng(seed)
-    block = min(BLOCK, len(ratios))
-    starts = generator.integers(0, len(ratios) - block + 1, (RESAMPLES, -(-len(ratios) // block)))
-    resampled = ratios[(starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)]
-    low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
+    low, high = np.percentile(np.median(resampled(ratios, seed), axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
+
+
+def middle_half(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The geometric mean of the middle half of the paired ratios, {"mean", "ci95"}; the interval as `ratio`'s."""
+    logs = np.log(np.asarray(numerators) / np.asarray(denominators))
+    means = np.exp(_mean_of_middle(resampled(logs, seed)))
+    mean = float(np.exp(_mean_of_middle(logs[None]))[0])
+    return {"mean": mean, "ci95": np.percentile(means, [2.5, 97.5]).tolist()}
+
+
+def resampled(values: Floats, seed: int) -> Floats:
+    """[RESAMPLES, about as many] blocks of neighbouring values[N], drawn anew."""
+    generator = np.random.default_rng(seed)
+    block = min(BLOCK, len(values))
+    starts = generator.integers(0, len(values) - block + 1, (RESAMPLES, -(-len(values) // block)))
+    found: Floats = values[(starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)]
+    return found
+
+
+def _mean_of_middle(values: Floats) -> Floats:
+    """Of each row of values[M, N], without its lowest and its highest quarter."""
+    cut = values.shape[1] // 4
+    found: Floats = np.sort(values, axis=1)[:, cut : values.shape[1] - cut].mean(axis=1)
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -31,7 +31,10 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class DeviceTable:
-    """All rows of `source` on `device`. Raises TableError if its file changes meanwhile, CapacityError without room."""
+    """All rows of `source` on `device`: `raw` uint8[rows, R].
+
+    Raises TableError if its file changes meanwhile, CapacityError without room.
+    """
 
     def __init__(self, source: RowTable, device: torch.device) -> None:
         self.name, self.rows, self.dim, self.row_type = source.name, source.rows, source.dim, source.row_type
@@ -52,7 +55,7 @@ class DeviceTable:
             _send_rows(source, raw)
         # As wide words as rows allow: index_select of bytes is several times slower.
         word = next(word for word in WORDS if self.row_bytes % word.itemsize == 0)
-        self._raw, self._words = raw, raw.view(word)
+        self.raw, self._words = raw, raw.view(word)
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ids[N] → [N, D] of `dtype`, both on the device; row ids of an addresser are always in range."""
@@ -71,7 +74,7 @@ class DeviceTable:
         if not len(ids):
             return
         check_range(self, ids)
-        out[:] = self._raw.index_select(0, torch.from_numpy(ids).to(self.device)).cpu().numpy()
+        out[:] = self.raw.index_select(0, torch.from_numpy(ids).to(self.device)).cpu().numpy()
 
     def page_in(self, ids: Ids) -> int:
         return 0

@@ -16,14 +16,19 @@ for several threads: `hot_rows.py` sees to that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from server.cache.cuda_memory import send
 from server.cache.row_table import Ids
 from server.cache.row_types import Bytes
 from server.cache.sketch import Counts, Hashes, Sketch
+
+if TYPE_CHECKING:
+    from server.cache.device_tags import DeviceTags
 
 Mask = npt.NDArray[np.bool_]
 
@@ -76,6 +81,7 @@ class HotPool:
         self._askers = np.full((self.capacity, SEVERAL), NOBODY, np.int64)
         self._sketch = Sketch(COUNTERS_PER_ENTRY * self.capacity)
         self._accesses = 0
+        self.tags: DeviceTags | None = None
 
     @property
     def host_bytes(self) -> int:
@@ -87,6 +93,14 @@ class HotPool:
     def used(self) -> int:
         """Entries that hold something."""
         return int(np.count_nonzero(self._owners != EMPTY))
+
+    def mirror(self) -> DeviceTags:
+        """The tags on the device, from now on kept as the host's."""
+        from server.cache.device_tags import DeviceTags  # imports Triton, which only lookups on a device need
+
+        if self.tags is None:
+            self.tags = DeviceTags(self._rows, self._keys, self._owners)
+        return self.tags
 
     # ── looking up ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,11 +165,15 @@ class HotPool:
         left: Ids = held[leaving]
         self._sketch.raise_to(mixed(left, ways[leaving]), tally[leaving])
         held[slots] = EMPTY
-        words = torch.from_numpy(rows).view(self._rows.dtype)
+        on_device = send(slots, self.device)
+        if self.tags is not None:
+            self.tags.void(on_device, EMPTY)
         if self._host_rows is not None:
-            self._host_rows[slots] = words.numpy()
+            self._host_rows[slots] = rows.view(self._host_rows.dtype)
         else:
-            self._rows.index_copy_(0, torch.from_numpy(slots).to(self.device), words.to(self.device))
+            self._rows.index_copy_(0, on_device, send(rows, self.device).view(self._rows.dtype))
+        if self.tags is not None:
+            self.tags.publish(on_device, owners, keys)
         ways[slots], tally[slots] = keys, newcomers.counts
         self._askers[slots] = NOBODY
         held[slots] = owners
@@ -175,6 +193,8 @@ class HotPool:
         """Voids all entries of an owner."""
         mine = self._owners == owner
         self._owners[mine] = EMPTY
+        if self.tags is not None:
+            self.tags.drop(owner, EMPTY)
         self._counts[mine] = 0
 
     def shared(self, owner: int) -> tuple[Ids, Counts]:

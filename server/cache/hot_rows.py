@@ -10,50 +10,42 @@ gets a new generation of tags, so that nothing cached before answers for it. The
 Shapes: T tokens, O orders, C = O · heads rows a token, N = T · O entries, R bytes a row, E = heads · R. Knows ids and
 keys, never tokens. `find`, `assemble` and `learn` belong to one thread, the prefetcher's; the rest may be called from
 any.
+
+Once `mirrored`, lookups on the device read tags and rows too, and whatever changes those (`learn`, `adopt`, `reload`)
+belongs to the thread and stream that launch them, between two launches and within `changing`.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.cache.hot_pool import WAYS, HotPool, Newcomers, mixed
+from server.cache.cuda_memory import send
+from server.cache.hot_pool import HotPool, Newcomers, mixed
+from server.cache.hot_sources import Source, SourceKey, shares
 from server.cache.row_table import Ids, Table
 from server.cache.row_types import Bytes
 from server.cache.sketch import Counts, Hashes
-from server.errors import CapacityError, TableError
+from server.errors import TableError
+
+if TYPE_CHECKING:
+    from kernels.row_lookup import HotTags
+
+__all__ = ["Found", "HotRows", "Occupancy", "Source", "SourceKey"]
 
 EVERY = 16  # steps between two admission passes
 MANY = 1 << 14  # entries remembered that start a pass at once, as a long prefill does
 MOST = 512  # entries a source may bring in per pass
-
-SourceKey = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """What can be cached: a table at a layer, its n-gram orders, and how many rows each n-gram reads."""
-
-    table: Table
-    layer: int
-    orders: tuple[int, ...]
-    heads: int
-
-    @property
-    def key(self) -> SourceKey:
-        return self.table.name, self.layer
-
-    @property
-    def entry_bytes(self) -> int:
-        return self.heads * self.table.row_bytes
+SPARE_LINES = 64  # orders of sources that come later
+NOT_HERE = -2  # an owner of nothing
 
 
 class Occupancy(NamedTuple):
@@ -106,8 +98,9 @@ class HotRows:
         starts = np.cumsum([0] + [len(source.orders) for source in sources]).tolist()
         ranges = [slice(first, end) for first, end in pairwise(starts)]
         self._lines = dict(zip(self.sources, ranges, strict=True))  # a number for each (source, order)
-        self._line_count = starts[-1]
-        self.generation = dict.fromkeys(self.sources, 0)
+        self._line_count = starts[-1] + SPARE_LINES
+        self._free = list(range(starts[-1], self._line_count))
+        self.generation, self._newest = dict.fromkeys(self.sources, 0), 0
         self._owners = {key: self._owners_of(key) for key in self.sources}
         self._admissions = np.zeros(self._line_count, np.int64)
         self._evictions = np.zeros(self._line_count, np.int64)
@@ -115,6 +108,11 @@ class HotRows:
         self._seen: dict[SourceKey, list[Seen]] = {}
         self._remembered, self._learned_at = 0, 0
         self._lock = threading.Lock()  # the tags, against reload and hot lists
+        self.device, self.mirrored = device, False
+        self.turn = threading.Lock()  # held from finding entries to reading them, and while they change
+        self._read: torch.cuda.Event | None = None  # the end of the last read on the prefetcher's stream
+        self._changed: torch.cuda.Event | None = None  # the end of the last change
+        self._device_owners: dict[SourceKey, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -154,10 +152,15 @@ class HotRows:
 
     def assemble_on_device(self, found: Found, missed: Tensor) -> Tensor:
         """uint8[N, E] on the device, on the current stream; missed[M, E] is there already."""
+        if self._changed is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._changed)
         raw = torch.empty(len(found.slots), found.pool.entry_bytes, dtype=torch.uint8, device=missed.device)
         raw.index_copy_(0, torch.from_numpy(found.misses).to(missed.device), missed)
         hits = torch.from_numpy(found.hits).to(missed.device)
-        return raw.index_copy_(0, hits, found.pool.read_on_device(found.slots[found.hits]))
+        raw.index_copy_(0, hits, found.pool.read_on_device(found.slots[found.hits]))
+        if self.mirrored:
+            self._read = torch.cuda.current_stream(self.device).record_event()
+        return raw
 
     def remember(self, found: Found, row_ids: Ids, askers: Ids | None) -> None:
         """Keeps a lookup for the next `learn`: its row_ids[N · heads], and which request each token is of, [T]."""
@@ -221,6 +224,40 @@ class HotRows:
             self._evictions += evicted
             self._held += entered - evicted
 
+    # ── lookups on the device ──────────────────────────────────────────────────────────────────────────────────────
+
+    def mirror(self) -> None:
+        """Keeps the tags on the device too, from now on."""
+        with self.turn, torch.inference_mode(False):
+            self.mirrored = True
+            for pool in self.pools.values():
+                pool.mirror()
+            for key, owners in self._owners.items():
+                self._device_owners[key] = torch.from_numpy(owners).to(self.device, copy=True)
+
+    def on_device(self, key: SourceKey) -> tuple[HotTags, Tensor]:
+        """Of a mirrored cache: the tags of the source's pool and its owners [O], rewritten in place for good."""
+        tags = self.pools[self.sources[key].entry_bytes].tags
+        assert tags is not None
+        return tags.hot, self._device_owners[key]
+
+    @contextmanager
+    def changing(self) -> Iterator[bool]:
+        """Of a mirrored cache: within, entries may change, after the reads issued so far and before any later one.
+        False, and nothing may, while the prefetcher is between finding entries and reading them. Never waits."""
+        if not self.turn.acquire(blocking=False):
+            yield False
+            return
+        try:
+            cuda = self.device.type == "cuda"
+            if cuda and self._read is not None:
+                torch.cuda.current_stream(self.device).wait_event(self._read)
+            yield True
+            if cuda:
+                self._changed = torch.cuda.current_stream(self.device).record_event()
+        finally:
+            self.turn.release()
+
     # ── hot lists and reload ───────────────────────────────────────────────────────────────────────────────────────
 
     def adopt(self, source: Source, order: int, keys: Ids, heat: Counts, row_ids: Ids) -> int:
@@ -229,6 +266,8 @@ class HotRows:
 
         Belongs to the thread of `find`.
         """
+        if source.key not in self.sources:  # removed meanwhile
+            return 0
         pool = self.pools[source.entry_bytes]
         owners = np.full(len(keys), self._owners[source.key][order])
         hashes = mixed(owners, keys)
@@ -245,7 +284,8 @@ class HotRows:
         """Per order, the keys that several distinct requests asked for and how often, aged."""
         pool = self.pools[source.entry_bytes]
         with self._lock:
-            return [pool.shared(owner) for owner in self._owners[source.key].tolist()]
+            owners = self._owners.get(source.key, np.full(len(source.orders), NOT_HERE))
+            return [pool.shared(owner) for owner in owners.tolist()]
 
     def reload(self, table: Table) -> None:
         """Forgets all rows of this table: its file is about to be another."""
@@ -256,7 +296,43 @@ class HotRows:
                         self.pools[source.entry_bytes].drop(owner)
                     self._held[self._lines[key]] = 0
                     self.generation[key] += 1
+                    self._newest = max(self._newest, self.generation[key])
                     self._owners[key] = self._owners_of(key)
+                    if self.mirrored:
+                        self._device_owners[key].copy_(send(self._owners[key], self.device), non_blocking=True)
+
+    def add(self, source: Source) -> str | None:
+        """Caches this source too, in the pool of its entry size; why not, where it cannot. The thread of `find`."""
+        if source.entry_bytes not in self.pools:
+            return f"--device-cache has no pool for entries of {source.entry_bytes} bytes"
+        count = len(source.orders)
+        lines = next((line for line in self._free if {*range(line, line + count)} <= {*self._free}), None)
+        if lines is None or source.key in self.sources:
+            return f"the device cache holds as many tables as it can name, {len(self.sources)}"
+        with self._lock:
+            self._free = [line for line in self._free if not lines <= line < lines + count]
+            self._lines[source.key] = slice(lines, lines + count)
+            for sums in (self._admissions, self._evictions, self._held):
+                sums[self._lines[source.key]] = 0
+            self._newest += 1  # of the lines' owners before, tags may still be remembered
+            self.sources[source.key], self.generation[source.key] = source, self._newest
+            self._owners[source.key] = self._owners_of(source.key)
+        return None
+
+    def remove(self, table: Table) -> None:
+        """Forgets all rows of this table and the table itself. The thread of `find`."""
+        self.reload(table)
+        with self._lock:
+            for key in [key for key, source in self.sources.items() if source.table is table]:
+                self._seen.pop(key, None)
+                lines = self._lines.pop(key)
+                self._free = sorted([*self._free, *range(lines.start, lines.stop)])
+                del self.sources[key], self._owners[key], self.generation[key]
+
+    def figures(self, key: SourceKey) -> tuple[Occupancy, list[tuple[int, int]]] | None:
+        """What the source holds and what moved, by order; None if it is not cached here."""
+        with self._lock:
+            return (self.occupancy(key), self.moves(key)) if key in self.sources else None
 
     def moves(self, key: SourceKey) -> list[tuple[int, int]]:
         """Per order, the rows that entered and the rows that left so far."""
@@ -273,48 +349,6 @@ class HotRows:
         """[O] the owners of this generation: never used before, since tags of an older one may still be remembered."""
         first = self._lines[key].start + self.generation[key] * self._line_count
         return np.arange(first, first + len(self.sources[key].orders))
-
-
-def shares(nbytes: int, sources: Sequence[Source]) -> dict[int, int]:
-    """Bytes of each entry size's pool, so that one more byte saves as much reading in one as in another.
-
-    Under Zipf traffic (exponent 1) a pool of B bytes over n entries saves, per token, keys · E · ln(B / E) / ln n
-    bytes; equal slopes make B proportional to keys · E / ln n. Nobody gets more than all it could hold.
-
-    Raises CapacityError if one set of each does not fit.
-    """
-    pools: dict[int, list[Source]] = {}
-    for source in sources:
-        pools.setdefault(source.entry_bytes, []).append(source)
-    least = {size: WAYS[0] * size for size in pools}
-    if nbytes < sum(least.values()):
-        raise CapacityError(
-            f"--device-cache is {nbytes} bytes; one set of every entry size needs {sum(least.values())}: raise it, or "
-            f"set 0 to do without"
-        )
-    weights, ceilings = {}, {}
-    for size, members in pools.items():
-        entries = sum(max(source.table.rows // source.heads, 2) for source in members)
-        weights[size] = sum(len(source.orders) for source in members) * size / math.log(entries)
-        # Distinct n-grams are not bounded by a hashed table's rows.
-        bounded = all(source.orders == (1,) for source in members)
-        ceilings[size] = max(entries * size, least[size]) if bounded else nbytes
-    return _filled(nbytes, least, ceilings, weights)
-
-
-def _filled(
-    nbytes: int, least: Mapping[int, int], ceilings: Mapping[int, int], weights: Mapping[int, float]
-) -> dict[int, int]:
-    """By weight, within bounds: whoever would fall outside is set to its bound, and the rest is divided anew."""
-    given: dict[int, int] = {}
-    while len(given) < len(weights):
-        open_ = [size for size in weights if size not in given]
-        rest, total = nbytes - sum(given.values()), sum(weights[size] for size in open_)
-        wanted = {size: int(rest * weights[size] / total) for size in open_}
-        low = {size: least[size] for size in open_ if wanted[size] < least[size]}
-        high = {size: ceilings[size] for size in open_ if wanted[size] > ceilings[size]}
-        given |= low or high or wanted
-    return given
 
 
 def _at(askers: Ids | None, places: Ids) -> Ids:

@@ -62,6 +62,7 @@ class Fetch:
     """One lookup under way. Its rows may be read until the `hint` or `begin` that follows the next step's `begin`.
 
     `hits`: cache entries found, by order; None where no cache was asked. `rows_read`: rows read from the table.
+    `inverse`: which row each token's columns read; None: the rows stand as they were asked for.
     """
 
     __slots__ = (
@@ -97,6 +98,8 @@ class Fetch:
     def wait_unique(self) -> UniqueRows:
         """As `wait`, for a lookup with `dedup`: the distinct rows and the way back to tokens."""
         rows = self.prefetcher.wait(self)
-        if self.inverse is None:
+        if not self.lookup.dedup:
             raise ValueError("wait_unique() is for lookups with dedup=True")
-        return UniqueRows(rows, self.inverse)
+        if self.inverse is not None:
+            return UniqueRows(rows, self.inverse)
+        return UniqueRows(rows, torch.arange(len(rows), device=rows.device).view(self.lookup.row_ids.shape))

@@ -15,13 +15,16 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from server.cache.device_table import copy_rows
 from server.cache.gather import take_rows
-from server.cache.row_table import RowTable, check_range
-from server.cache.row_types import Bytes, Ids
+from server.cache.row_table import check_range
+from server.cache.row_types import Bytes, Ids, RowType
 from server.errors import CapacityError, TableError
 
 logger = logging.getLogger(__name__)
@@ -34,28 +37,61 @@ Register = Callable[[int, int], None]  # (address, bytes); raises OSError with t
 Unregister = Callable[[int], None]
 
 
+class Rows(Protocol):
+    """What a table is made of: as RowTable's attributes, whether its rows lie in a file or are yet to be made up."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def row_type(self) -> RowType: ...
+    @property
+    def row_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+Source = TypeVar("Source", bound=Rows)
+
+
 class PinnedTable:
-    """All rows of `source` in RAM. `register`, `unregister`: the GPU driver's, None without a GPU.
+    """All rows of `source` in RAM. `register`, `unregister`: the GPU driver's, None without a GPU. `fill(source, out)`
+    puts them there; `reserve`: RAM is asked for whole first, by one thread, so that too little of it is refused here.
 
     Attributes as RowTable's, and `note`: how the memory is held, for the start-up report. Raises TableError if the file
     changes while it is copied, CapacityError without room.
     """
 
     def __init__(
-        self, source: RowTable, register: Register | None = None, unregister: Unregister | None = None
+        self,
+        source: Source,
+        register: Register | None = None,
+        unregister: Unregister | None = None,
+        *,
+        fill: Callable[[Source, Bytes], None] = copy_rows,  # type: ignore[assignment]  # of a RowTable
+        reserve: bool = True,
     ) -> None:
         self.name, self.rows, self.dim, self.row_type = source.name, source.rows, source.dim, source.row_type
         self.row_bytes, self.nbytes = source.row_bytes, source.nbytes
         self.fault: str | None = None
+        self.refusal: str | None = None  # of the driver, to register it
         self._unregister = unregister
         self._registered: list[int] = []
-        self._map, kind = _anonymous_file(self.name, self.nbytes)
+        self._map, kind = _anonymous_file(self.name, self.nbytes, reserve)
         flat = np.frombuffer(self._map, np.uint8, self.nbytes)
         self._view: Bytes = flat.reshape(self.rows, self.row_bytes)
-        copy_rows(source, self._view)
+        fill(source, self._view)
         self.note = f"{kind}, copied; not registered: there is no GPU"
         if register is not None:
             self.note = f"{kind}, copied; {self._register_all(register, flat)}"
+
+    @property
+    def raw(self) -> Tensor:
+        """uint8[rows, R], the rows themselves: for a GPU to read, once they are registered."""
+        return torch.from_numpy(self._view)
 
     @property
     def registered(self) -> bool:
@@ -89,12 +125,13 @@ class PinnedTable:
         except OSError as error:
             while self._registered and self._unregister is not None:
                 self._unregister(self._registered.pop())
-            logger.warning("table %s: the GPU driver refused to register it (%s); rows are staged", self.name, error)
+            self.refusal = f"table {self.name}: the GPU driver refused to register it ({error}); rows are staged"
+            logger.warning("%s", self.refusal)
             return f"registration refused ({error}): rows are gathered by the host and staged"
         return f"registered in {len(self._registered)} chunks"
 
 
-def _anonymous_file(name: str, nbytes: int) -> tuple[mmap.mmap, str]:
+def _anonymous_file(name: str, nbytes: int, reserve: bool) -> tuple[mmap.mmap, str]:
     """A shared mapping of a file without a name, and what kind of memory it is. Raises CapacityError."""
     kinds: Sequence[tuple[int, str]] = ((0, "memfd"),)
     if _free_huge_pages() * HUGE_PAGE >= nbytes:
@@ -104,7 +141,10 @@ def _anonymous_file(name: str, nbytes: int) -> tuple[mmap.mmap, str]:
         try:
             fd = os.memfd_create(f"engram-{name.replace('/', '-')}", os.MFD_CLOEXEC | flags)
             try:
-                os.posix_fallocate(fd, 0, size)
+                if reserve:
+                    os.posix_fallocate(fd, 0, size)
+                else:
+                    os.ftruncate(fd, size)
                 return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE), kind
             finally:
                 os.close(fd)

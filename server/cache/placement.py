@@ -75,7 +75,7 @@ def place_tables(needs: Sequence[TableNeed], asked: Sequence[str], room: Room) -
         if tier == "pinned" or (tier == "device" and room.device == "cpu"):
             in_ram += need.nbytes
         places.append(Place(need, tier, reason))
-    _check_limit(places, in_ram, room.host_limit)
+    check_limit([place.need for place in places if place.tier == "mapped"], in_ram, room.host_limit)
     return tuple(places)
 
 
@@ -118,8 +118,9 @@ def _refuse_above(left: int, need: TableNeed, where: str, room: Room, in_ram: in
     )
 
 
-def _check_limit(places: Sequence[Place], in_ram: int, limit: int) -> None:
-    mapped = [place.need for place in places if place.tier == "mapped"]
+def check_limit(mapped: Sequence[TableNeed], in_ram: int, limit: int) -> None:
+    """Raises CapacityError, with the value that would do, if these tables cannot be read under what the `in_ram` bytes
+    of copied ones leave of --host-memory-limit; 0: none."""
     if not limit or not mapped:
         return
     least = minimum(mapped)

@@ -15,7 +15,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import NoReturn
 
@@ -23,9 +26,10 @@ import torch
 from torch import Tensor
 
 from server.cache.counters import LayerCounters
-from server.cache.hot_rows import HotRows
+from server.cache.hot_rows import HotRows, Source
 from server.cache.lookup import Fetch, Lookup, UniqueRows
 from server.cache.row_reader import RowReader
+from server.cache.row_table import Table
 from server.cache.staging import HALVES, Staging, step_bytes
 from server.cache.tally import Tally
 from server.errors import CapacityError, NotReady, StepFailed
@@ -44,8 +48,8 @@ class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
     `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint` and `wait` belong to one thread, the engine's; `close`, `counters` and `between_fetches` may be
-    called from any.
+    `begin`, `hint`, `wait`, `settle`, `cache` and `forget` belong to one thread, the engine's; `close`, `counters` and
+    `between_fetches` may be called from any.
     """
 
     def __init__(
@@ -62,11 +66,15 @@ class Prefetcher:
         self._step = 0
         self._oldest = 0  # rows of steps before this one are being overwritten
         self._hints: list[Fetch] = []
+        self.uncached: dict[str, str] = {}  # table → why its rows cannot be cached
         self._fetch_bounds = fetch_bounds
         self._tallies: dict[tuple[str, int], Tally] = {}
-        self._lock = threading.Lock()  # closing against queueing
+        self._waited: deque[tuple[Fetch, float]] = deque()  # and how long, not added up yet
+        self._lock, self._counting = threading.Lock(), threading.Lock()  # closing against queueing; adding up
         self._closed = False
         self._queue: SimpleQueue[list[Fetch] | Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job] = SimpleQueue()  # for `settle`
+        self._settled = 0
         self._worker = threading.Thread(target=self._work, name="prefetcher", daemon=True) if prefetch else None
         if self._worker is not None:
             self._worker.start()
@@ -82,7 +90,9 @@ class Prefetcher:
         Rows of the step before the last are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
-        if self._worker is None:
+        if self._mirrored is not None:
+            self.settle()
+        elif self._worker is None:
             self._do_jobs()
         issued = time.perf_counter()
         self._step += 1
@@ -96,6 +106,7 @@ class Prefetcher:
         for hint in hints:
             hint.dropped = hint not in fetches
         self._put([fetch for fetch in fetches if fetch not in hints] if hints else fetches)
+        self._count()
         return fetches
 
     def hint(self, lookups: Sequence[Lookup]) -> None:
@@ -131,21 +142,73 @@ class Prefetcher:
             torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
         if not fetch.counted:
             fetch.counted = True
-            self._tally(fetch.lookup).add(fetch, stall)
+            self._waited.append((fetch, stall))
         assert fetch.rows is not None  # only dropped hints have none, and nobody holds those
         return fetch.rows
 
     def counters(self) -> tuple[LayerCounters, ...]:
+        self._count()
         return tuple([tally.snapshot(self.hot) for tally in list(self._tallies.values())])
 
     def between_fetches(self, job: Job) -> None:
-        """Has `job` done by the thread that fetches, after what is queued now. Dropped after `close`."""
+        """Has `job` done by the thread that fetches, after what is queued, or by `settle`; dropped after `close`."""
         with self._lock:
             if not self._closed:
-                self._queue.put(job)
+                (self._queue if self._mirrored is None else self._jobs).put(job)
+
+    def settle(self, observe: Callable[[HotRows], None] | None = None) -> None:
+        """With a mirrored cache, between two launches on the current stream: does one job and lets `observe` tell what
+        the device looked up; then the hottest enter now and then. Nothing while a fetch reads the cache; never waits
+        for one.
+        """
+        hot = self._mirrored
+        if hot is None:
+            return
+        with hot.changing() as mine:
+            if not mine:
+                return
+            self._settled += 1
+            with suppress(Empty):
+                self._do(self._jobs.get_nowait())
+            if observe is not None:
+                observe(hot)
+            self._learn(self._settled)
+
+    def cache(self, sources: Sequence[Source]) -> None:
+        """Has the rows of these sources cached from now on, if there is a cache; the log says where they cannot be."""
+        hot = self.hot
+        if hot is not None and sources:
+            self._between_or_now(partial(self._add_sources, hot, tuple(sources)))
+
+    def forget(self, tables: Sequence[Table]) -> None:
+        """Nothing is left of these tables' rows, here and in the cache, once what is queued now is over."""
+        for hint in self._hints:
+            hint.dropped = hint.dropped or any(hint.lookup.table is table for table in tables)
+        self._hints = [hint for hint in self._hints if not hint.dropped]
+        self._count()
+        if self.hot is not None:
+            for table in tables:
+                self.uncached = {name: note for name, note in self.uncached.items() if name != table.name}
+                self._between_or_now(partial(self.hot.remove, table))
+
+    def _add_sources(self, hot: HotRows, sources: Sequence[Source]) -> None:
+        for source in sources:
+            refused = hot.add(source)
+            if refused is not None:
+                note = f"table {source.table.name} is read without the device cache: {refused}"
+                self.uncached = {**self.uncached, source.table.name: note}
+                logger.warning("%s", note)
+
+    def _between_or_now(self, job: Job) -> None:
+        """Without a worker the caller is the thread that fetches."""
+        if self._worker is None and self._mirrored is None:
+            self._do(job)
+        else:
+            self.between_fetches(job)
 
     def fetch_counts(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(table, layer) → fetches by duration: one count per bound of `fetch_bounds`, in seconds, and one beyond."""
+        self._count()
         return {key: tuple(tally.durations) for key, tally in list(self._tallies.items())}
 
     def close(self) -> None:
@@ -190,12 +253,24 @@ class Prefetcher:
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             if callable(work):
-                self._do(work)
-                continue
-            for fetch in work:
-                self._serve(fetch)
-            if work:
-                self._learn(work[-1].step)
+                self._do_in_turn(work)
+            else:
+                self._serve_all(work)
+            del work  # while idle, nobody's table is held on to
+
+    def _serve_all(self, fetches: Sequence[Fetch]) -> None:
+        for fetch in fetches:
+            self._serve(fetch)
+        if fetches and self._reader.hot is not None:
+            with self._reader.hot.turn:
+                if self._mirrored is None:
+                    self._learn(fetches[-1].step)
+
+    @property
+    def _mirrored(self) -> HotRows | None:
+        """The cache, if what changes it belongs to `settle`."""
+        hot = self._reader.hot
+        return hot if hot is not None and hot.mirrored else None
 
     def _do_jobs(self) -> None:
         """Without a worker: what it would do between fetches."""
@@ -207,6 +282,14 @@ class Prefetcher:
                 return
             if callable(job):
                 self._do(job)
+
+    def _do_in_turn(self, job: Job) -> None:
+        """On the worker: a job, or leaves it to `settle` if the cache has been mirrored since it was queued."""
+        with self._reader.hot.turn if self._reader.hot is not None else nullcontext():
+            if self._mirrored is None:
+                self._do(job)
+                return
+        self._jobs.put(job)
 
     def _do(self, job: Job) -> None:
         try:
@@ -234,6 +317,14 @@ class Prefetcher:
             fetch.error = error
         fetch.done_at = time.perf_counter()
         fetch.pending.release()
+
+    def _count(self) -> None:
+        """Adds up what was waited for, a whole step's at once: between layers each addition would find its code and its
+        numbers gone from the processor's caches."""
+        with self._counting:
+            while self._waited:
+                fetch, stall = self._waited.popleft()
+                self._tally(fetch.lookup).add(fetch, stall)
 
     def _tally(self, lookup: Lookup) -> Tally:
         key = lookup.table.name, lookup.layer

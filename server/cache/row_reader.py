@@ -23,6 +23,7 @@ from server.cache.row_types import Bytes
 from server.cache.staging import Half, Staging
 
 DECODE_VALUES = 32768  # values per torch call: a larger call would start a second team of compute threads
+FEW_IDS = 64  # of so many, a set says sooner than a sort whether one comes twice
 
 
 class RowReader:
@@ -37,7 +38,7 @@ class RowReader:
         """Reads the fetch's rows into its place of the staging. Raises TableError."""
         lookup = fetch.lookup
         ids, keys, askers = np.ascontiguousarray(lookup.row_ids.reshape(-1)), lookup.keys, lookup.askers
-        if lookup.dedup:
+        if lookup.dedup and not are_distinct(ids):
             ids, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
             fetch.inverse = torch.from_numpy(inverse.reshape(lookup.row_ids.shape)).to(self.staging.device)
             # Distinct rows are cache entries only where an entry is one row of one order.
@@ -47,18 +48,20 @@ class RowReader:
         half = self.staging.half(fetch.step)
         host, fetch.rows = self.staging.buffers(half, fetch.begin, len(ids), lookup.table.dim)
         hot = self.hot
-        found = None if hot is None or keys is None else hot.find(lookup.table, lookup.layer, keys)
-        if hot is None or found is None:
-            self._read(lookup.table, ids, host)
-            fetch.copied = self.staging.send(half, host, fetch.rows)
-            return
-        fetch.hits = found.hits_by_order()
-        fetch.rows_read -= len(found.hits) * found.source.heads
-        if self.staging.device.type == "cpu":
-            self._assemble(hot, found, ids, host)
-        else:
-            self._assemble_on_device(hot, found, ids, half, fetch)
-        hot.remember(found, ids, askers)
+        if hot is not None and keys is not None:
+            with hot.turn:
+                found = hot.find(lookup.table, lookup.layer, keys)
+                if found is not None:
+                    fetch.hits = found.hits_by_order()
+                    fetch.rows_read -= len(found.hits) * found.source.heads
+                    if self.staging.device.type == "cpu":
+                        self._assemble(hot, found, ids, host)
+                    else:
+                        self._assemble_on_device(hot, found, ids, half, fetch)
+                    hot.remember(found, ids, askers)
+                    return
+        self._read(lookup.table, ids, host)
+        fetch.copied = self.staging.send(half, host, fetch.rows)
 
     def _read(self, table: Table, ids: Ids, out: Tensor) -> None:
         """Rows ids[N] → out[N, D]: one gather, straight into `out` if nothing is to be decoded."""
@@ -95,6 +98,11 @@ class RowReader:
         self._missed, missed = room(self._missed, len(wanted), source.table.row_bytes)
         source.table.gather(wanted, missed)
         return missed.reshape(len(found.misses), source.entry_bytes)
+
+
+def are_distinct(ids: Ids) -> bool:
+    """Whether few ids are all different. Many need sorting to know, and then it may as well be done."""
+    return len(ids) <= FEW_IDS and len(set(ids.tolist())) == len(ids)
 
 
 def is_stored_as(table: Table, out: Tensor) -> bool:

@@ -22,20 +22,37 @@ from server.errors import CapacityError
 
 ALIGNMENT = 64  # a cache line
 HALVES = 2
+KEPT_VIEWS = 256
 
 
 class Half:
-    """All buffers of one step. `free`: when the step that last read it ends (CUDA); `copied`: its last copy's end."""
+    """All buffers of one step; `device` None on CPU. `free`: when the step that last read it ends (CUDA); `copied`: its
+    last copy's end."""
 
-    def __init__(self, host: Tensor, device: Tensor) -> None:
+    def __init__(self, host: Tensor, device: Tensor | None) -> None:
         self.host, self.device = host, device
         self.free: torch.cuda.Event | None = None
         self.copied: torch.cuda.Event | None = None
         self._used, self._size = 0, len(host)
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def restart(self) -> None:
         """Forgets the buffers given out. One worker fills them in turn, so late writes of old ones do no harm."""
         self._used = 0
+
+    def views(self, begin: int, rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[rows, width] from byte `begin` on, on the host and on the device. Steps of one size ask for the same again,
+        and making views takes longer than copying a few rows."""
+        key = begin, rows, width
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            end = begin + rows * width * dtype.itemsize
+            host = self.host[begin:end].view(dtype).view(rows, width)
+            device = host if self.device is None else self.device[begin:end].view(dtype).view(rows, width)
+            found = self._views[key] = host, device
+        return found
 
     def reserve(self, nbytes: int) -> int | None:
         """Where a buffer of `nbytes` begins; None if it does not fit. No tensor is made: `begin` has to be quick."""
@@ -56,7 +73,7 @@ class Staging:
         with torch.inference_mode(False):  # else only threads in inference mode could write them
             # Without device="cpu" a default device set elsewhere would put the pinned buffer on the GPU.
             host = torch.empty(HALVES, self.half_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
-            on_device = torch.empty_like(host, device=device) if cuda else host
+            on_device = torch.empty_like(host, device=device) if cuda else [None] * HALVES
             self.halves = [Half(host[i], on_device[i]) for i in range(HALVES)]
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
@@ -79,11 +96,7 @@ class Staging:
         for event in (half.free, half.copied):
             if event is not None:
                 event.synchronize()
-        end = begin + rows * width * self.dtype.itemsize
-        host = half.host[begin:end].view(self.dtype).view(rows, width)
-        if self._stream is None:
-            return host, host
-        return host, half.device[begin:end].view(self.dtype).view(rows, width)
+        return half.views(begin, rows, width, self.dtype)
 
     def send(self, half: Half, host: Tensor, device: Tensor) -> torch.cuda.Event | None:
         """On the worker: starts copying to the device. The event of the copy's end; None on CPU."""

@@ -44,6 +44,7 @@ class TableFile:
 
     def __init__(self, path: Path, read: ReadMode) -> None:
         self.path = Path(os.path.realpath(path))
+        self._name = str(self.path)
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.seen = os.fstat(self.fd)
         self.map = None if read == "pread" else mmap.mmap(self.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -55,13 +56,14 @@ class TableFile:
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Takes the pages out of the mapping, that the OS may forget them; a later read finds them again."""
-        if self.map is not None and self.fd >= 0:
-            self.map.madvise(mmap.MADV_DONTNEED, offset, nbytes)
+        mapped = self.map
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED, offset, nbytes)
 
     def change(self) -> str | None:
         """What is no longer as it was when opened; None if nothing. One system call."""
         try:
-            now = os.stat(self.path)
+            now = os.stat(self._name)
         except OSError as error:
             return f"cannot be found any more: {error.strerror}"
         seen = self.seen
@@ -74,7 +76,8 @@ class TableFile:
         return None
 
     def close(self) -> None:
-        """The descriptor only: a mapping goes when the last view of it does."""
+        """The mapping goes when the last view of it does."""
+        self.map = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -58,9 +58,8 @@ class Tally:
 
     def snapshot(self, hot: HotRows | None) -> LayerCounters:
         key = self.table, self.layer
-        held, moves = NOTHING, [(0, 0)] * len(self.orders)
-        if hot is not None and key in hot.sources:
-            held, moves = hot.occupancy(key), hot.moves(key)
+        cached = None if hot is None else hot.figures(key)
+        held, moves = (NOTHING, [(0, 0)] * len(self.orders)) if cached is None else cached
         orders = tuple(
             [
                 OrderCounters(order, looked_up, hits, read, shared, *moved)

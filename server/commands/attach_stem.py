@@ -75,7 +75,9 @@ def attach_stem(
     layers = sorted(layers)
     with new_folder(out) as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         ids = source.tokenizer.encode(read_text(calibrate))
-        reader = Reader(load(Settings(model=model, max_num_seqs=1, prefix_cache="off")), Settings().block_size)
+        reader = Reader(
+            load(Settings(model=model, max_num_seqs=1, prefix_cache="off", cpu_kernels="off")), Settings().block_size
+        )
         split = Split.of(ids, reader.piece, held_out=bool(fit))
         seen = inputs_of(reader, layers, split.fit, progress)
         embedding, ups = weights_of(source, layers)

@@ -36,7 +36,7 @@ def announce(console: Console, settings: Settings, client: EngineClient) -> None
 def curl(settings: Settings) -> str:
     """One line of shell that streams an answer."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
+    question = {"messages": [{"role": "user", "content": "What is the capital of France? Answer in a sentence."}], "stream": True}
     body = json.dumps({**question, "max_tokens": 32, "temperature": 0})
     scheme = "https" if settings.ssl_certfile else "http"
     url = f"{scheme}://{host}:{settings.port}/v1/chat/completions"

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from server.batch import Bools, Ints
+from server.cache.device_table import DeviceTable
+from server.cache.hot_rows import Source
 from server.cache.row_table import RowTable, Table
 from server.cache.table_files import ReadMode
 from server.errors import PackError
@@ -32,12 +34,23 @@ class Attachment:
         return self.name, self.fingerprint
 
     @property
+    def mapped(self) -> list[RowTable]:
+        """The tables that are read in place."""
+        return [table for table in self.tables.values() if isinstance(table, RowTable)]
+
+    @property
     def conv_bytes_per_token(self) -> int:
         """Bytes that one token slot holds for this pack beside keys and values."""
         return 0
 
     def allocate_conv(self, num_slots: int, device: torch.device) -> None:
         """Makes room for them; shares the KV cache's block table."""
+
+    def sources(self) -> list[Source]:
+        """What of the pack a device cache can hold: the tables that are not on the device as a whole."""
+        orders, heads = self.addresser.orders, self.addresser.heads
+        cached = [(layer, table) for layer, table in self.tables.items() if not isinstance(table, DeviceTable)]
+        return [Source(table, layer, orders, heads) for layer, table in cached]
 
     def address(self, windows: Ints, blocked: Bools) -> Mapping[int, tuple[Ints, Ints]]:
         """Per layer, the row ids [T, C] and the hash before the modulus [T, O]."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
 from server.cache.device_table import DeviceFetch, DeviceTable
+from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Fetch, LayerCounters, Lookup, Prefetcher
 from server.cache.residency import Residency, Resident
 from server.cache.row_table import RowTable
@@ -34,6 +36,9 @@ from server.memory.stem import StemPack, StemReading, redirected
 from server.memory.trace import GateTrace
 from server.memory.warm_start import WarmStart
 from server.view import MemoryView
+
+if TYPE_CHECKING:
+    from server.memory.device_rows import DeviceRows
 
 # A hint costs about 0.4 ms of a step here (hashing and queueing, with cold processor caches) and gains the time between
 # sampling and the next step's start: nothing where rows arrive before the first block is through.
@@ -145,12 +150,19 @@ class Memories:
         self.packs, self.prefetcher, self.residency = tuple(packs), prefetcher, residency
         self.warm = WarmStart(packs, prefetcher) if hot_list and prefetcher.hot is not None else None
         self.window = max((pack.addresser.n for pack in packs), default=1)
+        self.direct: DeviceRows | None = None  # what the device looks up by itself
         self._addressed: dict[tuple[str, str], tuple[Ints, Bools, list[Lookup]]] = {}
+        self._step_bytes: dict[tuple[str, str], int] = {}  # of packs that came later
         self._paged: Counter[tuple[str, int]] = Counter()  # the pager's thread alone adds
         self._pager = ThreadPoolExecutor(1, thread_name_prefix="pager")
 
-    def add(self, pack: AttachedPack | StemPack) -> None:
-        """From the next step on, tokens whose view holds the pack read it. Between steps only."""
+    def add(self, pack: AttachedPack | StemPack, step_bytes: int = 0) -> None:
+        """From the next step on, tokens whose view holds the pack read it. Between steps only. `step_bytes`: of the
+        pages that one step can touch of its mapped tables, at most."""
+        if self.residency is not None:
+            self.residency.add(pack.mapped, step_bytes)
+        self._step_bytes[pack.id] = step_bytes
+        self.prefetcher.cache(pack.sources())
         self.packs = (*self.packs, pack)
         self.window = max(self.window, pack.addresser.n)
 
@@ -158,6 +170,11 @@ class Memories:
         """Closes a pack that no living sequence sees. Between steps only; rows still being read come to nothing."""
         self.packs = tuple(other for other in self.packs if other is not pack)
         self._addressed.pop(pack.id, None)
+        if self.warm is not None:
+            self.warm.forget(pack)
+        if self.residency is not None:
+            self.residency.remove(pack.mapped, self._step_bytes.pop(pack.id, 0))
+        self.prefetcher.forget(tuple(pack.tables.values()))
         for table in pack.tables.values():
             table.close()
 
@@ -248,15 +265,21 @@ class Memories:
             if pack.id in view.packs:
                 self._pager.submit(ask_for_pages, pack, windows, blocked, self._paged)
 
+    def fetched(self) -> tuple[LayerCounters, ...]:
+        """What was read so far of tables that are not on the device, by fetches and by the device itself."""
+        found = self.prefetcher.counters()
+        return found if self.direct is None else self.direct.counted(found)
+
     def counters(self) -> tuple[LayerCounters, ...]:
-        """What was read so far, per table: by fetches, and from tables on the device."""
+        """What was read so far, per table: by fetches, from tables on the device, and by the device itself."""
         on_device = [
             table.counters(layer)
             for pack in self.packs
             for layer, table in pack.tables.items()
             if isinstance(table, DeviceTable)
         ]
-        return (*self.prefetcher.counters(), *on_device)
+        found = (*self.prefetcher.counters(), *on_device)
+        return found if self.direct is None else self.direct.counted(found)
 
     def placements(self) -> dict[tuple[str, int], str]:
         """(table, layer) → device, pinned or mapped."""
@@ -288,6 +311,14 @@ class Memories:
         """Packs whose table file was changed, cut or failed while serving, by identity, with what happened."""
         broken = {pack.id: [table.fault for table in pack.tables.values() if table.fault] for pack in self.packs}
         return {identity: faults[0] for identity, faults in broken.items() if faults}
+
+    def notes(self) -> tuple[str, ...]:
+        """What does not work as asked for although every row is served: for operators."""
+        tables = [table for pack in self.packs for table in pack.tables.values()]
+        refused = [table.refusal for table in tables if isinstance(table, PinnedTable)]
+        limit = self.residency.note if self.residency is not None else None
+        lists = self.warm.notes() if self.warm is not None else ()
+        return (*filter(None, (*refused, limit)), *self.prefetcher.uncached.values(), *lists)
 
     def hot_list_ages(self) -> dict[str, float]:
         """Table → seconds since the hot list in use was saved, for those that have one."""

@@ -36,6 +36,7 @@ class WarmStart:
         assert prefetcher.hot is not None
         self.packs, self.prefetcher, self.hot = tuple(packs), prefetcher, prefetcher.hot
         self._saved: dict[str, float] = {}  # pack name → when its list was written
+        self._notes: dict[str, str] = {}  # pack name → what went wrong with its list last
         self.loaded = threading.Event()
         self._ends = threading.Event()
         self._every = every
@@ -51,6 +52,19 @@ class WarmStart:
             if pack.name in saved
             for table in pack.tables.values()
         }
+
+    def notes(self) -> tuple[str, ...]:
+        """What went wrong with a list and was not mended by a later one."""
+        return tuple(dict(self._notes).values())
+
+    def _note(self, pack: Attachment, what: str) -> None:
+        self._notes[pack.name] = what
+        logger.warning("%s", what)
+
+    def forget(self, pack: Attachment) -> None:
+        """No more lists of a pack that is removed."""
+        self.packs = tuple(other for other in self.packs if other is not pack)
+        self._notes.pop(pack.name, None)
 
     def close(self) -> None:
         """After the prefetcher's end: saves once more, unless the old lists are still being read, which hold more.
@@ -78,14 +92,14 @@ class WarmStart:
             try:
                 made.write(path)
             except OSError as error:
-                logger.warning(
-                    "memory %s: no hot list saved to %s: %s; make room there or start with --hot-list off",
-                    pack.name,
-                    path,
-                    error.strerror,
+                self._note(
+                    pack,
+                    f"memory {pack.name}: no hot list saved to {path}: {error.strerror}; make room there or start with "
+                    f"--hot-list off",
                 )
             else:
                 self._saved[pack.name] = made.saved
+                self._notes.pop(pack.name, None)
 
     def _run(self) -> None:
         self._load()
@@ -103,7 +117,7 @@ class WarmStart:
                     self._saved[pack.name] = found.saved
                     self._adopt(pack, found)
             except EngramError as error:
-                logger.warning("memory %s starts cold: %s", pack.name, error)
+                self._note(pack, f"memory {pack.name} starts cold: {error}")
 
     def _adopt(self, pack: Attachment, found: HotList) -> None:
         """Chunk by chunk, the hottest of every list first; the next is asked for when the last has entered."""
@@ -145,5 +159,5 @@ class WarmStart:
                 )
 
     def _sources(self, pack: Attachment) -> list[tuple[int, Source]]:
-        keys = [(layer, (table.name, layer)) for layer, table in pack.tables.items()]
-        return [(layer, self.hot.sources[key]) for layer, key in keys if key in self.hot.sources]
+        found = ((layer, self.hot.sources.get((table.name, layer))) for layer, table in pack.tables.items())
+        return [(layer, source) for layer, source in found if source is not None]

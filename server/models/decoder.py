@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.batch import Batch
+from server.models import fused
 from server.models.attention.base import AttentionBackend
 from server.models.config import ModelConfig
 from server.models.layers import Linear, RMSNorm, Rotary, interleave
@@ -35,8 +36,13 @@ INTERLEAVED = (".q_proj.", ".k_proj.", ".q_norm.", ".k_norm.")  # of what is rot
 class MemoryStep(Protocol):
     """One step's memory: the rows on their way, and the layers that will read them."""
 
-    layers: frozenset[int]
-    up_layers: frozenset[int]
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers to which something is added."""
+
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection is replaced."""
 
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[T, H] with what the memories of this layer add to it, before the layer's attention."""
@@ -63,7 +69,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden, eps, dtype)
         inner = config.intermediate_size
         self.gate_up = Linear(hidden, (1 + has_up) * inner, bias=features.mlp_bias, dtype=dtype)
+        self.activation_name = features.activation
         self.activation = ACTIVATIONS[features.activation]
+        self.gated: Callable[[Tensor, Tensor], Tensor] = partial(gated, self.activation)
+        self.rotate_: Callable[[Tensor, Tensor], None] = Rotary.rotate_
         self.down = Linear(inner, hidden, bias=features.mlp_bias, dtype=dtype)
         self.after_attention = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
         self.after_mlp = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
@@ -104,26 +113,35 @@ class Block(nn.Module):
         if self.head_norm is not None:
             heads.copy_(self.head_norm(heads.float()))
         if rotation is not None:
-            Rotary.rotate_(heads, rotation)
+            self.rotate_(heads, rotation)
         attended = self.out(attention.forward(qkv, self.layer))
         if self.after_attention is not None:
             attended = self.after_attention(attended.float())
-        hidden = hidden + attended
-        gate: Tensor = self.gate_up(self.mlp_norm(hidden))
+        hidden, normed = self.mlp_norm.after(hidden, attended)
+        gate: Tensor = self.gate_up(normed)
         up: Tensor | None = None
         if self.has_up:
             gate, up = gate.chunk(2, dim=-1)
         if memory is not None:
             up = memory.up(self.layer, up)
         assert up is not None, f"layer {self.layer} has no up-projection and no memory gives one"
-        fed = self.down(self.activation(gate).mul_(up))
+        fed = self.down(self.gated(gate, up))
         if self.after_mlp is not None:
             fed = self.after_mlp(fed.float())
         return hidden.add_(fed)
 
 
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) · up, [T, F] each."""
+    return activation(gate).mul_(up)
+
+
 class Decoder(nn.Module):
-    """`without_up`: the layers whose up-projection memory replaces, and which have none."""
+    """`without_up`: the layers whose up-projection memory replaces, and which have none. `fused`: compute over fused
+    kernels, a choice made from outside.
+    """
+
+    fused = False
 
     def __init__(
         self, config: ModelConfig, max_len: int, dtype: torch.dtype, without_up: frozenset[int] = frozenset()
@@ -146,7 +164,15 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, attention: AttentionBackend, memory: MemoryStep | None = None) -> Tensor:
         """The last hidden states [T, H], normed, of all tokens of the batch."""
         attention.plan(batch)
-        hidden, rotations = self.embedded(batch.token_ids), self.rotations(batch.positions)
+        return self.states(batch.token_ids, batch.positions, attention, memory)
+
+    def states(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
+    ) -> Tensor:
+        """The same for token_ids[T] at positions[T], once `attention` has its plan."""
+        if self.fused:
+            return fused.states(self, token_ids, positions, attention, memory)
+        hidden, rotations = self.embedded(token_ids), self.rotations(positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:
                 hidden = memory.add(layer, hidden)
@@ -165,10 +191,10 @@ class Decoder(nn.Module):
         turned = {kind: rotary.at(positions) for kind, rotary in self.rotary.items() if isinstance(rotary, Rotary)}
         return [turned.get(kind) for kind in self.config.features.rotary]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] → [N, V] in fp32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, H] → [N, V] in fp32, in `out` if that is given."""
         scores: Tensor = self.head(hidden)
-        return scores.float()
+        return scores.float() if out is None else out.copy_(scores)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies Hugging Face-named tensors into the fused parameters, one at a time.
@@ -178,13 +204,13 @@ class Decoder(nn.Module):
         for name, tensor in tensors:
             if any(part in name for part in INTERLEAVED):
                 tensor = interleave(tensor, self.config.head_dim)
-            slot = self._slot(name)
+            slot = self.slot(name)
             if slot is not None:
                 slot.copy_(tensor)
                 if name.endswith("norm.weight"):
                     slot.add_(self.config.features.norm_offset)
 
-    def _slot(self, name: str) -> Tensor | None:
+    def slot(self, name: str) -> Tensor | None:
         """Where a tensor goes; None for an up-projection that this model does without."""
         if name == "model.embed_tokens.weight":
             return self.embed

@@ -46,7 +46,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
         self.register_buffer("eps", torch.tensor(eps), persistent=False)
         self.eps: Tensor
-        self.dtype = dtype
+        self.dtype, self.epsilon = dtype, eps
+
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and that normed. x may be overwritten."""
+        x = x + delta
+        return x, self(x)
 
     def forward(self, x: Tensor) -> Tensor:
         # Six small kernels where F.rms_norm takes ten: 10 µs instead of 15 at one token on CPU.

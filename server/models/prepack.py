@@ -1,8 +1,9 @@
-"""Weights in the layout that the CPU's bf16 kernels want, made once: applied to a model from outside.
+"""Weights in the layout that the CPU's matrix kernels want, made once: applied to a model from outside.
 
 oneDNN multiplies faster when the weight is already in its blocked layout; with plain rows it reorders at each call.
-Measured here: 21 → 15 ms for all matrices of a SmolLM2 step at batch 1 (docs/experiments.md). The packed copy
-replaces the plain one, so weights stay in memory once; only a tied embedding keeps both.
+Measured: in bf16 21 → 15 ms for all matrices of a SmolLM2 step at batch 1, in fp32 115 → 70 ms at batch 8 on one core
+without AVX-512 (docs/experiments.md). The packed copy replaces the plain one, so weights stay in memory once; only a
+tied embedding keeps both.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class PackedLinear(nn.Module):
 
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this build and processor have the bf16 kernels."""
-    return (
-        dtype == torch.bfloat16
-        and device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    """Whether this build has oneDNN, and the processor what it needs for `dtype`: fp32, or bf16."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def prepack(module: nn.Module) -> None:

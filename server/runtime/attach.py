@@ -3,6 +3,9 @@
     attach   a thread opens, checks and sizes the pack ── steps go on ──▶ between two steps it joins
     detach   between two steps no new request sees it  ── running ones read it to their end ──▶ its tables are closed
 
+Tables that come later are read where they lie; their pages count under --host-memory-limit like everybody's, and their
+rows are cached where the device cache has a pool of their entry size.
+
 What a running sequence sees never changes: its view names packs by identity, and each attachment has one of its own,
 so that a pack attached again under its old name is another pack to the prefix cache and to every sequence. Packs whose
 rows stand in for a part of the model stay for the engine's life. Knows engine and loading; nothing of who asked.
@@ -23,15 +26,17 @@ from functools import partial
 
 import torch
 
+from server.cache.placement import TableNeed, check_limit
 from server.cache.prefetcher import Prefetcher
 from server.cache.staging import max_tokens
 from server.errors import CapacityError, Conflict, EngramError, NotFound
 from server.memory.attached import AttachedPack
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
+from server.runtime.capacity import mapped_needs
 from server.runtime.engine import Engine
 from server.runtime.host import available_memory
-from server.runtime.load import Loaded, fetch_bounds, open_packs
+from server.runtime.load import Loaded, fetch_bounds, open_packs, watch
 from server.runtime.messages import MemoryUpdated, UpdateMemory
 from server.runtime.names import served_models
 from server.settings import Settings
@@ -87,6 +92,7 @@ class MemoryChanges:
             read = {pack for s in self._engine.scheduler.sequences() for pack in s.view.packs}
             for pack in [pack for pack in self._leaving if pack.id not in read]:
                 self._leaving.remove(pack)
+                self._engine.runner.wait()  # for a step whose last sequence that reads the pack was aborted
                 self._memories.remove(pack)
                 logger.info("memory %s is closed", pack.name)
         return answers
@@ -133,15 +139,20 @@ class MemoryChanges:
             attached = memories.packs if memories is not None else ()
             budget = min(self._engine.scheduler.budget, self._budget([*attached, pack]))
             self._allocate(pack)
+            if self._loaded.plan.room.host_limit:
+                for mapped in pack.mapped:  # here already, since a file in the page cache takes its time to leave it
+                    mapped.forget()
+            first: Memories | None = None
             if memories is None:
                 staging, prefetch = self._settings.staging, self._settings.prefetch == "on"
                 bounds = fetch_bounds(self._settings)
-                memories = Memories((), Prefetcher(loaded.dtype, loaded.device, staging, prefetch, None, bounds))
+                prefetcher = Prefetcher(loaded.dtype, loaded.device, staging, prefetch, None, bounds)
+                first = Memories((), prefetcher, watch((), loaded.plan))
         except Exception:
             for table in pack.tables.values():
                 table.close()
             raise
-        return Opened(pack, budget, memories, time.perf_counter() - begun)
+        return Opened(pack, budget, first, time.perf_counter() - begun)
 
     def _budget(self, packs: Iterable[AttachedPack | StemPack]) -> int:
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
@@ -149,7 +160,7 @@ class MemoryChanges:
 
     def _allocate(self, pack: AttachedPack) -> None:
         """The pack's convolution inputs, one per token slot of the KV cache, which stands as it is."""
-        slots = self._loaded.kv.blocks * self._settings.block_size
+        slots = self._loaded.slots
         needed, device = slots * pack.conv_bytes_per_token, self._loaded.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         if needed > free:
@@ -165,18 +176,35 @@ class MemoryChanges:
     def _join(self, opening: Future[Opened]) -> float:
         opened = opening.result()
         engine, pack = self._engine, opened.pack
-        if pack.name in engine.packs:
+        needs = mapped_needs(pack, self._settings.max_num_batched_tokens)
+        try:
+            self._check(pack, needs)
+        except EngramError:
             for table in pack.tables.values():
                 table.close()
-            raise Conflict(f"a memory {pack.name!r} is attached already; choose another name, or remove that one first")
+            if opened.memories is not None:
+                opened.memories.close()
+            raise
         if engine.runner.memories is None:
             engine.runner.memories = opened.memories
-        self._memories.add(pack)
+        elif opened.memories is not None:  # another pack came first
+            opened.memories.close()
+        self._memories.add(pack, sum(need.step_bytes for need in needs))
         engine.runner.table.widen(self._memories.window)
         engine.scheduler.budget = min(engine.scheduler.budget, opened.budget)
         engine.packs[pack.name] = pack.fingerprint
         logger.info("memory %s is attached, opened in %.3f s", pack.name, opened.seconds)
         return opened.seconds
+
+    def _check(self, pack: AttachedPack, needs: list[TableNeed]) -> None:
+        """Raises Conflict for a name that is taken, CapacityError where --host-memory-limit cannot be held with it."""
+        engine, plan = self._engine, self._loaded.plan
+        if pack.name in engine.packs:
+            raise Conflict(f"a memory {pack.name!r} is attached already; choose another name, or remove that one first")
+        tokens, memories = self._settings.max_num_batched_tokens, engine.runner.memories
+        for other in memories.packs if memories is not None else ():
+            needs = [*needs, *mapped_needs(other, tokens)]
+        check_limit(needs, plan.in_ram, plan.room.host_limit)
 
     def _detach(self, name: str) -> float:
         engine = self._engine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from server.cache.placement import Place, Room, TableNeed, place_tables
-from server.cache.row_table import RowTable, Table
+from server.cache.row_table import Table
 from server.cache.staging import max_tokens
 from server.errors import CapacityError
 from server.memory.attachment import Attachment
@@ -93,13 +93,9 @@ def plan(
     on_device = weights + kv.nbytes + staging + (settings.device_cache if packs else 0)
     host_free = available_memory() - staging - (on_device - staging if device.type == "cpu" else 0)
     room = Room(device.type, free - on_device, host_free, settings.host_memory_limit)
-    needs, lookups = [], []
-    for pack in packs:
-        for table in pack.tables.values():
-            assert isinstance(table, RowTable), "the plan is made before tables are placed"
-            rows = settings.max_num_batched_tokens * pack.addresser.columns
-            needs.append(TableNeed(table.name, table.nbytes, table.step_bytes(rows)))
-            lookups.append((table, pack.addresser.columns))
+    needs = [need for pack in packs for need in mapped_needs(pack, settings.max_num_batched_tokens)]
+    lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
+    assert len(needs) == len(lookups), "the plan is made before tables are placed"
     places = place_tables(needs, settings.placement, room)
     fetched: list[tuple[Table, int]] = [
         lookup for lookup, place in zip(lookups, places, strict=True) if place.tier != "device"
@@ -108,6 +104,12 @@ def plan(
     if fetched:
         budget = min(budget, max_tokens(settings.staging, fetched, dtype))
     return CapacityPlan(weights, kv, staging, budget, places, room)
+
+
+def mapped_needs(pack: Attachment, tokens: int) -> list[TableNeed]:
+    """What the pack's mapped tables need in steps of so many tokens."""
+    rows = tokens * pack.addresser.columns
+    return [TableNeed(table.name, table.nbytes, table.step_bytes(rows)) for table in pack.mapped]
 
 
 def planned_weight_bytes(

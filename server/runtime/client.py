@@ -170,7 +170,8 @@ class EngineClient:
     def _take(self, step: StepOutputs) -> None:
         stats = step.stats
         if not stats.counted:
-            stats = replace(stats, memory=self.stats.memory, resident=self.stats.resident, counted=True)
+            last = self.stats
+            stats = replace(stats, memory=last.memory, resident=last.resident, notes=last.notes, counted=True)
         self.stats = stats
         # First tokens first: whoever waits for one waits longest, and each output is a chunk to be written.
         for output in sorted(step.outputs, key=_later):

@@ -38,5 +38,5 @@ class Costs:
 
     def _totals(self) -> tuple[int, float]:
         assert self._memories is not None
-        counters = self._memories.prefetcher.counters()
+        counters = self._memories.fetched()
         return sum(c.rows - c.device_hits for c in counters), sum(c.stall_s for c in counters)

@@ -62,7 +62,7 @@ class Engine:
     ) -> None:
         self.runner, self.pool = runner, pool
         self.scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-        self.scheduler.on_start = runner.table.start
+        self.scheduler.on_start = runner.start
         self.max_model_len, self.vocab_size, self.eos_ids = max_model_len, vocab_size, eos_ids
         self.max_waiting = max_waiting
         self.packs = dict(packs or {})  # what new requests may name → identity
@@ -130,19 +130,15 @@ class Engine:
             if not outputs:
                 rest(self._constrained, REST_SECONDS)
             return StepOutputs(tuple(outputs), self.stats())
-        counted = self.costs.begin(works)
-        try:
-            sampled = self.runner.run(works)
-        except Exception as error:
-            outputs += self._fail(works, error)
-        else:
-            if counted:
-                self.costs.end(works)
-            outputs += self._take(works, sampled)
+        outputs += self._compute(works)
+        return self._told(outputs, begun, sum(work.tokens for work in works))
+
+    def _told(self, outputs: list[TokenOutput], begun: float, tokens: int) -> StepOutputs:
+        """What a step that began then gave, as the message that is sent."""
         elapsed = time.perf_counter() - begun
         self.steps += 1
         self.step_s += elapsed
-        return StepOutputs(tuple(outputs), self._step_stats(), elapsed, sum(work.tokens for work in works))
+        return StepOutputs(tuple(outputs), self._step_stats(), elapsed, tokens)
 
     def _step_stats(self) -> EngineStats:
         """With the memories' counters now and then only, and when the last sequence has ended: of twenty tables they
@@ -173,6 +169,7 @@ class Engine:
             table_fault=next(iter(memories.faults().values()), None) if memories else None,
             resident=self._resident() if memory else (),
             counted=memory,
+            notes=memories.notes() if memory and memories else (),
         )
 
     def _resident(self) -> tuple[TableResidency, ...]:
@@ -253,6 +250,17 @@ class Engine:
                 raise StepFailed(f"memory {name!r} cannot be read: {fault}")
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is already in use")
+
+    def _compute(self, works: list[Work]) -> list[TokenOutput]:
+        """Runs the works and takes what they give."""
+        counted = self.costs.begin(works)
+        try:
+            sampled = self.runner.run(works)
+        except Exception as error:
+            return self._fail(works, error)
+        if counted:
+            self.costs.end(works)
+        return self._take(works, sampled)
 
     def _take(self, works: list[Work], sampled: list[tuple[Sequence, Sampled]]) -> list[TokenOutput]:
         for work in works:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kernels.cpu.ops import CpuKernels
 from server.cache import cuda_memory
 from server.cache.device_table import DeviceTable
-from server.cache.hot_rows import HotRows, Source
+from server.cache.hot_rows import HotRows
 from server.cache.pinned_table import PinnedTable
 from server.cache.prefetcher import Prefetcher
 from server.cache.residency import Residency
@@ -22,14 +23,16 @@ from server.memory.identity import content_key
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
+from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache
-from server.models.attention.sdpa import SdpaBackend
+from server.models.c_kernels import attention_over, choose_kernels, fuse
 from server.models.decoder import Decoder
 from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.quantize import QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
 from server.runtime.capacity import CapacityPlan, KVPlan, plan
+from server.runtime.device_path import DevicePath
 from server.runtime.host import cpu_quota
 from server.settings import Settings
 
@@ -42,12 +45,20 @@ class Loaded:
 
     source: ModelSource
     model: Decoder
-    attention: SdpaBackend
+    attention: AttentionBackend
     plan: CapacityPlan
     max_len: int
     device: torch.device
     dtype: torch.dtype
     memories: Memories | None
+    kernels: CpuKernels | None
+    kernels_note: str  # which, and why
+    device_path: DevicePath | None = None  # where decode steps may stay on the device
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the KV cache has room for, padding and dummies included."""
+        return self.attention.num_slots
 
     @property
     def kv(self) -> KVPlan:
@@ -152,29 +163,44 @@ def prepare(settings: Settings) -> Prepared:
     return Prepared(source, device, dtype, max_len, packs, without_up, planned)
 
 
-def load(settings: Settings) -> Loaded:
-    """Loads the backbone and the tables that are copied. Raises ModelError, PackError, SettingsError, CapacityError."""
+def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
+    """Loads the backbone and the tables that are copied. Raises ModelError, PackError, SettingsError, CapacityError.
+
+    `device_path`: whether decode steps may stay on the device; None: on CUDA.
+    """
     torch.set_num_threads(settings.threads or cpu_quota())
     prepared = prepare(settings)
     source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
     model = build_model(source, dtype, device, prepared.max_len, prepared.without_up, settings.quantize)
     kv = prepared.plan.kv
+    path = DevicePath(kv.blocks) if (device.type == "cuda" if device_path is None else device_path) else None
+    blocks = kv.blocks + (path is not None)
     try:
-        cache = KVCache(source.config, kv.blocks, settings.block_size, dtype, device)
+        cache = KVCache(source.config, blocks, settings.block_size, dtype, device)
         for pack in packs:
-            pack.allocate_conv(kv.blocks * settings.block_size, device)
+            pack.allocate_conv(blocks * settings.block_size, device)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(
             f"no room for {kv.blocks * kv.block_bytes} bytes of KV cache; set --kv-bytes lower"
         ) from error
-    attention = SdpaBackend(source.config, cache)
+    kernels, kernels_note = None, ""
+    if path is not None:
+        attention = path.choose_attention(source.config, cache)
+        model.fused = path.paged
+    else:
+        kernels, kernels_note = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
+        if kernels is not None:
+            fuse(model, kernels)
+        attention = attention_over(source.config, cache, kernels)
     memories = None
     if packs:
         place(packs, prepared.plan, device)
         hot = device_cache(settings, packs, device)
         prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
         memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
-    return Loaded(source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories)
+    return Loaded(
+        source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories, kernels, kernels_note, path
+    )
 
 
 def fetch_bounds(settings: Settings) -> tuple[float, ...]:
@@ -189,11 +215,9 @@ def place(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan, devic
             pack.tables[layer] = placed(table, planned.tier(table.name), device)
 
 
-def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency | None:
+def watch(packs: Sequence[AttachedPack | StemPack], planned: CapacityPlan) -> Residency:
     """Who counts the mapped tables' pages, and holds them under what --host-memory-limit leaves for them."""
-    mapped = [table for pack in packs for table in pack.tables.values() if isinstance(table, RowTable)]
-    if not mapped:
-        return None
+    mapped = [table for pack in packs for table in pack.mapped]
     step = sum(place.need.step_bytes for place in planned.places if place.tier == "mapped")
     return Residency(mapped, planned.mapped_limit, step)
 
@@ -218,12 +242,7 @@ def device_cache(settings: Settings, packs: Sequence[AttachedPack | StemPack], d
 
     Raises CapacityError if it is too small or does not fit.
     """
-    sources = [
-        Source(table, layer, pack.addresser.orders, pack.addresser.heads)
-        for pack in packs
-        for layer, table in pack.tables.items()
-        if not isinstance(table, DeviceTable)
-    ]
+    sources = [source for pack in packs for source in pack.sources()]
     if not settings.device_cache or not sources:
         return None
     try:

@@ -245,7 +245,8 @@ class TableResidency:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Gauges now, and totals since the start (`*_total`). `deferred`: of `waiting`, those that wait for the prompt of
-    another choice. `counted` False: `memory` and `resident` were left out, they are those of an earlier message.
+    another choice. `table_fault`: what makes a table unreadable; `notes`: what does not work as asked for although
+    everything is served. `counted` False: `memory`, `resident` and `notes` are those of an earlier message.
     """
 
     running: int = 0
@@ -262,6 +263,7 @@ class EngineStats:
     table_fault: str | None = None
     resident: tuple[TableResidency, ...] = ()
     counted: bool = True
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

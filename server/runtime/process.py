@@ -20,8 +20,10 @@ from typing import Any
 from server.errors import EngramError, PackError
 from server.logs import configure
 from server.memory.compression import compression_map
+from server.memory.device_memory import DeviceMemory
 from server.runtime.attach import MemoryChanges
 from server.runtime.blocks import BlockPool
+from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
 from server.runtime.grammar import Grammars
 from server.runtime.load import Loaded, load
@@ -37,8 +39,9 @@ from server.runtime.messages import (
     UpdateMemory,
 )
 from server.runtime.names import served_models
+from server.runtime.overlap import OverlappedEngine
 from server.runtime.report import describe
-from server.runtime.runner import Runner
+from server.runtime.runner import Runner, Sizes
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -48,18 +51,11 @@ IDLE_SECONDS, OPENING_SECONDS = 2.0, 0.01
 
 
 def build_engine(settings: Settings, loaded: Loaded) -> Engine:
-    """The engine over a loaded model."""
-    runner = Runner(
-        loaded.model,
-        loaded.attention,
-        loaded.memories,
-        max_num_seqs=settings.max_num_seqs,
-        max_len=loaded.max_len,
-        block_size=settings.block_size,
-        device=loaded.device,
-    )
+    """The engine over a loaded model; one step ahead of itself where decode steps stay on the device."""
+    runner = build_runner(settings, loaded)
+    kind: type[Engine] = OverlappedEngine if isinstance(runner, DeviceRunner) else Engine
     pool = BlockPool(loaded.kv.blocks, settings.block_size, prefix_cache=settings.prefix_cache == "on")
-    return Engine(
+    return kind(
         runner,
         pool,
         max_num_seqs=settings.max_num_seqs,
@@ -75,6 +71,21 @@ def build_engine(settings: Settings, loaded: Loaded) -> Engine:
             lambda: loaded.source.tokenizer, loaded.source.config.vocab_size, loaded.source.config.eos_token_ids
         ),
     )
+
+
+def build_runner(settings: Settings, loaded: Loaded) -> Runner:
+    """The runner for the loaded model's device; decode steps are captured here."""
+    sizes = Sizes(max_num_seqs=settings.max_num_seqs, max_len=loaded.max_len, block_size=settings.block_size)
+    path, steps = loaded.device_path, None
+    if path is not None:
+        window = loaded.memories.window if loaded.memories is not None else 1
+        graphs = settings.cuda_graphs == "on"
+        memory = DeviceMemory(loaded.memories, settings.max_num_seqs) if path.paged and loaded.memories else None
+        steps = path.build(loaded.model, loaded.attention, memory, **sizes, window=window, graphs=graphs)
+    arguments = loaded.model, loaded.attention, loaded.memories
+    if steps is None:
+        return Runner(*arguments, **sizes, device=loaded.device)
+    return DeviceRunner(steps, *arguments, **sizes, device=loaded.device)
 
 
 def ready_message(settings: Settings, loaded: Loaded) -> Ready:
@@ -96,7 +107,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, pipe: Connection, changes: MemoryChanges) -> None:
         self.engine, self.pipe, self.changes = engine, pipe, changes
-        self.fault: str | None = None
+        self.told: tuple[str | None, tuple[str, ...]] = None, ()  # faults and notes
         self.deadline: float | None = None
         self.stopped = False
 
@@ -162,8 +173,8 @@ class EngineLoop:
             return
         memories.check_files()
         stats = self.engine.stats()
-        if stats.table_fault != self.fault:
-            self.fault = stats.table_fault
+        if (stats.table_fault, stats.notes) != self.told:
+            self.told = stats.table_fault, stats.notes
             self.pipe.send(StepOutputs((), stats))
 
     def _send_all(self, messages: Sequence[object]) -> None:

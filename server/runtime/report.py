@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from server.cache.pinned_table import PinnedTable
+from server.cache.transport import transport
 from server.memory.stem import StemPack
 from server.models.prepack import can_prepack
 from server.models.quantize import FEW
@@ -28,6 +29,7 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
         ("model", f"{loaded.source.name} ({loaded.source.config.architecture}) from {loaded.source.path}"),
         ("device", f"{loaded.device}{threads}"),
         ("dtype", f"{str(loaded.dtype).removeprefix('torch.')}{layout}"),
+        *([("kernels", loaded.kernels_note)] if loaded.device.type == "cpu" else []),
         ("weights", mebibytes(weight_bytes(loaded.model)) + quantised),
         (
             "KV cache",
@@ -35,6 +37,7 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
             f"= {tokens:,} tokens ({kv.reason})",
         ),
         ("context", f"{loaded.max_len:,} tokens, {settings.max_num_seqs} sequences at once"),
+        *(loaded.device_path.report() if loaded.device_path is not None else []),
         *describe_memory(loaded, settings),
     ]
 
@@ -79,7 +82,7 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
 
 
 def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
-    """Where every table went, and why; for copies, how the memory is held."""
+    """Where every table went, and why; for copies, how the memory is held; beside a GPU, who looks rows up."""
     assert loaded.memories is not None
     tables = {table.name: table for pack in loaded.memories.packs for table in pack.tables.values()}
     lines = []
@@ -89,5 +92,6 @@ def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     for found in loaded.plan.places:
         table = tables[found.need.name]
         note = f"; {table.note}" if isinstance(table, PinnedTable) else ""
-        lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}"))
+        how = f"; {transport(table, loaded.device)}" if loaded.device.type != "cpu" else ""
+        lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}{how}"))
     return lines

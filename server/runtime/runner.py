@@ -6,6 +6,7 @@ logits only where a token is wanted; sample. Knows tensors; nothing of queues, b
 
 from __future__ import annotations
 
+from typing import TypedDict
 from zlib import crc32
 
 import numpy as np
@@ -25,6 +26,14 @@ from server.runtime.sequence import Sequence
 from server.runtime.token_table import TokenTable
 
 SCORING_SLICE = 64  # prompt rows whose logits are held at once: 64 · V · 4 bytes
+
+
+class Sizes(TypedDict):
+    """Sequences at once, the longest context, tokens per KV block."""
+
+    max_num_seqs: int
+    max_len: int
+    block_size: int
 
 
 class Runner:
@@ -64,6 +73,15 @@ class Runner:
         if step is not None and step.slow:
             self._hint(sampled)
         return sampled
+
+    def start(self, sequence: Sequence) -> None:
+        """Takes in a sequence that was given its row."""
+        self.table.start(sequence)
+
+    def wait(self) -> None:
+        """Until the device has computed all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def computes(self) -> bool:
         """Whether the device still does: after some of its errors it never does again."""

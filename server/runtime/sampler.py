@@ -90,6 +90,21 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     return tokens
 
 
+def is_plain(sequence: Sequence, vocab: int) -> bool:
+    """Whether its next token is the largest logit, or drawn at its temperature, and nothing more is asked for."""
+    params = sequence.params
+    return (
+        sequence.constraint is None
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and not (sequence.generated < params.min_tokens and sequence.stop_ids)
+        and not (params.temperature > 0 and _filtered(sequence, vocab))
+    )
+
+
 def _filtered(sequence: Sequence, vocab: int) -> bool:
     params = sequence.params
     return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0

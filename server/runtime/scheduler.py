@@ -41,6 +41,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self._short = False  # whether blocks were missing for the first who waits, and none has been freed since
         self.on_start: Callable[[Sequence], None] = lambda sequence: None
 
     def add(self, sequence: Sequence) -> None:
@@ -51,6 +52,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
+
+    @property
+    def can_admit(self) -> bool:
+        """Whether the next `schedule` may take in someone who waits."""
+        return bool(self.waiting) and len(self.running) < self.max_num_seqs and not self._short
 
     def schedule(self) -> list[Work]:
         """The next step's work: sequences with one token first, then chunks. Empty if nothing can run."""
@@ -78,6 +84,21 @@ class Scheduler:
         works.sort(key=lambda work: work.tokens > 1)
         return works
 
+    def ahead(self, works: list[Work]) -> list[Work] | None:
+        """What follows decode works that are still being computed: a token more of each sequence that may go on.
+
+        Takes the blocks for it. None, and nothing is changed, if none goes on or blocks are short.
+        """
+        size = self.pool.block_size
+        sequences = [s for work in works if not (s := work.sequence).at_limit_with(1)]
+        missing = [-(-(s.length + 1) // size) - len(s.blocks) for s in sequences]
+        taken = self.pool.allocate(sum(missing)) if sequences else None
+        if taken is None:
+            return None
+        for sequence, count in zip(sequences, missing, strict=True):
+            sequence.blocks += [taken.pop() for _ in range(count)]
+        return [Work(sequence, sequence.length, 1) for sequence in sequences]
+
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for `tokens` more; preempts the youngest if there are none. False if `running` changed instead."""
         missing = -(-(sequence.computed + tokens) // self.pool.block_size) - len(sequence.blocks)
@@ -99,6 +120,7 @@ class Scheduler:
         blocks = self.pool.allocate(-(-(start + tokens) // self.pool.block_size) - len(matched))
         if blocks is None:
             self.pool.release(matched)
+            self._short = True
             return None
         self.waiting.remove(sequence)
         self.running.append(sequence)
@@ -124,6 +146,7 @@ class Scheduler:
         """Out of `running`, with blocks and row given back."""
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
+        self._short = False
         self._rows.append(sequence.row)
         sequence.blocks, sequence.hashes, sequence.computed, sequence.row = [], [], 0, -1
 
@@ -137,7 +160,7 @@ class Scheduler:
             self.pool.publish(sequence.blocks[index], sequence.hashes[-1])
         if sequence.children and sequence.computed >= sequence.prompt_len:
             self.waiting.extendleft(reversed(sequence.children))
-            sequence.children = []
+            sequence.children, self._short = [], False
 
     def finish(self, sequence: Sequence) -> None:
         """Removes a sequence wherever it is; blocks are free at once. Waiting children go on without it."""
@@ -150,7 +173,7 @@ class Scheduler:
                 if sequence in parent.children:
                     parent.children.remove(sequence)
         self.waiting.extendleft(reversed(sequence.children))
-        sequence.children = []
+        sequence.children, self._short = [], False
 
     def sequences(self) -> list[Sequence]:
         """All living sequences: running, waiting, and children that wait for a parent's prompt."""

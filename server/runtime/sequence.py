@@ -97,7 +97,11 @@ class Sequence:
     @property
     def at_limit(self) -> bool:
         """Whether no further token has room in the answer or the context."""
-        return self.generated >= max(self.params.max_tokens, 1) or self.length >= self.max_len
+        return self.at_limit_with(0)
+
+    def at_limit_with(self, more: int) -> bool:
+        """The same once it has `more` tokens than now."""
+        return self.generated + more >= max(self.params.max_tokens, 1) or self.length + more >= self.max_len
 
     def append(self, token_id: int) -> None:
         """Takes a sampled token and decides whether the sequence ends with it.

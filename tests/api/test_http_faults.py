@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from server.commands.attach import attach
+from server.memory.attached import read_memory
+from server.memory.hot_list import hot_list_path
 from tests.live import Live, engine_of, live_server
 from tests.memory.conftest import randomise
 
@@ -102,3 +104,24 @@ def test_a_fault_of_the_mapping_ends_the_engine_with_its_cause(
         assert "a mapped table file was cut or its disk failed; --read pread" in ready_turns_503(live)
         assert ask(live)[0] == 503
     assert "SIGBUS" in live.log.read_text()
+
+
+@pytest.mark.slow
+def test_what_does_not_work_as_asked_for_is_noted_where_all_is_served(
+    made: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hot list that cannot be read: the answer is the same, the log and /ready name the file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    damaged = hot_list_path(read_memory(made).fingerprint)  # type: ignore[union-attr]
+    flags = ("--model", str(tiny_llama_folder), "--memory", str(made), "--device-cache", "1M", *FLAGS)
+    with live_server(tmp_path / "log", *flags) as live:
+        assert json.loads(get(live, "/ready")[1]) == {"status": "ready"}
+        before = ask(live)
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_bytes(b"not a list")
+    with live_server(tmp_path / "log", *flags) as live:
+        assert ask(live) == before
+        status, text = get(live, "/ready")
+        (note,) = json.loads(text)["notes"]
+        assert status == 200 and str(damaged) in note and "starts cold" in note
+    assert note in live.log.read_text()

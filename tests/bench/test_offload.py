@@ -28,6 +28,8 @@ def test_it_runs_and_writes_what_it_promises(
         for count in ("1", "2"):
             pair = result["ratios"][name]["throughput"][count]
             assert pair["ci95"][0] <= pair["median"] <= pair["ci95"][1]
+            middle = pair["middle_half"]
+            assert middle["ci95"][0] <= middle["mean"] <= middle["ci95"][1]
     figures = result["memory"]["2"]
     assert figures["offload"]["bytes_per_token"] == 2 * 16 * 80  # two layers, 16 rows of 80 bytes each
     assert figures["offload"]["hit_rate"] == 0

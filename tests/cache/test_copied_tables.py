@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from server.cache.row_table import RowTable
 from server.cache.row_types import row_type
 from server.cache.table_writer import random_rows, write_table
 from server.errors import CapacityError, TableError
+from tests.cache.files import float_table
 from tests.cache.test_row_table import LAYOUTS, ROWS, gather
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 COPIES: list[Callable[[RowTable], Any]] = [lambda table: DeviceTable(table, CPU), PinnedTable]
 
 
@@ -134,7 +138,7 @@ def test_a_refused_registration_is_undone_and_said_and_rows_still_come(
     table = PinnedTable(RowTable.open(path, tensor=tensor), driver.register, driver.unregister)
     assert not table.registered and not driver.held
     assert "registration refused" in table.note and "invalid argument" in table.note
-    assert "refused to register" in caplog.text
+    assert "refused to register" in caplog.text and table.refusal is not None and table.refusal in caplog.text
     np.testing.assert_array_equal(gather(table, [5, 299]), rows[[5, 299]])
 
 
@@ -160,3 +164,30 @@ def test_huge_pages_that_turn_out_not_to_be_there_are_done_without(
     table = PinnedTable(RowTable.open(path, tensor=tensor))
     assert "memfd" in table.note
     np.testing.assert_array_equal(gather(table, [0, 299]), rows[[0, 299]])
+
+
+SMALL_SHM = """
+import os, shutil, sys
+import numpy as np
+from server.cache.pinned_table import PinnedTable
+from server.cache.row_table import RowTable
+assert shutil.disk_usage("/dev/shm").total == 65_536
+table = PinnedTable(RowTable.open(sys.argv[1]))
+rows = np.empty((table.rows, table.row_bytes), np.uint8)
+table.gather(np.arange(table.rows), rows)
+assert rows.tobytes() == open(sys.argv[1], "rb").read()[-table.nbytes:]
+"""
+
+
+def test_a_dev_shm_too_small_for_a_table_bounds_no_copy(tmp_path: Path) -> None:
+    """In a mount namespace of its own, where /dev/shm holds 64 KB: copies are files without a name, not on it."""
+    float_table(tmp_path / "t.safetensors", 16_384, 64)  # 4 MB
+    shell = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec "$0" -c "$1" "$2"'
+    command = ["unshare", "--mount", "sh", "-c", shell, sys.executable, SMALL_SHM, str(tmp_path / "t.safetensors")]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("no mount namespace may be made here")
+    assert done.returncode == 0, done.stderr

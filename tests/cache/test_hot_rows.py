@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from server.cache import hot_rows
-from server.cache.hot_rows import HotRows, Source, shares
+from server.cache.hot_rows import HotRows, Source
+from server.cache.hot_sources import shares
 from server.cache.lookup import Fetch, Lookup
 from server.cache.prefetcher import Prefetcher
 from server.errors import CapacityError, StepFailed, TableError

@@ -123,6 +123,7 @@ def test_a_limit_that_cannot_be_held_is_said(
     for first in range(0, ROWS, 4096):
         read(table, np.arange(first, first + 4096, 16))
     assert eventually(lambda: "another process maps them" in caplog.text)
+    assert residency.note is not None and residency.note in caplog.text
     residency.close()
     table.close()
 

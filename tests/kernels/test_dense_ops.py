@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import rms_norm, rotary, sampling
+from kernels import gated_product, rms_norm, rotary, sampling
 from server.runtime.philox import uniform
 
 
@@ -36,6 +37,35 @@ def test_pairs_turn_by_the_angle_of_their_position(implementation) -> None:
     implementation(heads, table, positions)
     torch.testing.assert_close(heads.double(), expected, atol=1e-5, rtol=1e-5)  # fp32 products
     assert torch.equal(wide[:, 36:], untouched)
+
+
+@pytest.mark.parametrize("implementation", [rotary.rotate_, rotary.reference])
+def test_heads_are_normed_by_their_own_gain_before_they_turn(implementation) -> None:
+    generator = torch.Generator().manual_seed(1)
+    angle = torch.outer(torch.arange(50.0), 0.5 ** torch.arange(6.0))
+    table = torch.polar(torch.ones_like(angle), angle)
+    wide, gain = torch.randn(4, 3 * 12 + 5, generator=generator), torch.randn(3, 12, generator=generator)
+    heads, positions = wide[:, :36].view(4, 3, 12), torch.tensor([0, 3, 49, 7])
+    normed = heads.double() / (heads.double().pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * gain.double()
+    pairs = torch.view_as_complex(normed.reshape(4, 3, 6, 2))
+    expected = torch.view_as_real(pairs * table.to(torch.complex128)[positions][:, None]).flatten(-2)
+    implementation(heads, table, positions, gain, 0.1)
+    torch.testing.assert_close(heads.double(), expected, atol=1e-5, rtol=1e-5)  # fp32 products
+
+
+@pytest.mark.parametrize("implementation", [gated_product.gated_product, gated_product.reference])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_the_activation_of_the_first_half_times_the_second(
+    implementation, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated_product, "BLOCK", 32)
+    both = (3 * torch.randn(3, 140, generator=torch.Generator().manual_seed(0))).to(dtype)
+    gate, up = both.double().chunk(2, -1)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    out = implementation(both, activation)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7  # rounded once; the interpreter cuts instead
+    torch.testing.assert_close(out.double(), active * up, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("implementation", [sampling.sample, sampling.reference])

@@ -87,6 +87,35 @@ def test_the_convolution_reads_its_inputs_back_from_the_slots(kernels, dtype: to
     torch.testing.assert_close(hidden.double(), expected, atol=4 * TOLERANCE[dtype], rtol=4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    "kernels", [(memory_gate.gate, short_conv.short_conv), (memory_gate.reference, short_conv.reference)]
+)
+@pytest.mark.parametrize("with_conv", [False, True])
+def test_nothing_is_written_for_a_dead_token_and_hidden_is_not_the_total(kernels, with_conv: bool) -> None:
+    gate, conv = kernels
+    tokens, width, block_size = 3, 24, 4
+    hidden, wide = random(tokens, 1, width), random(tokens, 2 * width, seed=1)
+    key, value = wide[:, :width].view(tokens, 1, width), wide[:, width:]
+    value[1] = math.nan  # a dead token's rows are whatever stood there
+    total = random(tokens, 1, width, seed=2)
+    before, hidden_before, dead = total.clone(), hidden.clone(), torch.tensor([False, True, False])
+    weights = GateWeights(random(1, width, seed=3), 1e-6, 1e-6, random(1, width, seed=4) if with_conv else None)
+    if with_conv:
+        slots, at = torch.full((16, width), 7.0), torch.tensor([4, 9, 12])
+        block_table, positions = torch.tensor([[1], [2], [3]]), at % block_size
+        alpha = gate(hidden, key, value, weights, slots, at, dead)
+        assert torch.equal(total, before) and (slots[9] == 7).all() and (slots[4] != 7).any()
+        conv(
+            total, alpha, value, random(width, 4, seed=5), slots, block_table, torch.arange(tokens), positions,
+            block_size, 3, dead,
+        )  # fmt: skip
+    else:
+        gate(hidden, key, value, weights, dead=dead, total=total)
+    assert torch.equal(hidden, hidden_before)
+    assert torch.equal(total[1], before[1])
+    assert (total[[0, 2]] != before[[0, 2]]).all() and total.isfinite().all()
+
+
 @pytest.mark.parametrize("implementation", [stem_rows.gated_rows, stem_rows.reference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stem_multiplies_the_gate_by_the_tokens_own_row(implementation, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import language
 from kernels.ngram_hash import HashConstants, ngram_rows, reference
 from server.memory.addressing import NGramAddresser, windows_of
 from server.memory.families import NGramRule
@@ -55,6 +56,13 @@ def constants_of(rule: NGramRule) -> HashConstants:
     )
 
 
+def on_torch(*args):
+    """The dispatcher where kernels do not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "interpreting", False)
+        return ngram_rows(*args)
+
+
 @pytest.mark.parametrize("implementation", [ngram_rows, reference])
 @pytest.mark.parametrize(
     "made", [rule(), rule(compress=True), rule(boundary=7), rule(oldest_first=True, compress=True)]
@@ -74,3 +82,14 @@ def test_rows_and_mixes_are_the_addressers(implementation, made: NGramRule) -> N
     for index, layer in enumerate(made.layer_ids):
         assert np.array_equal(rows[index].numpy(), addresser.rows(layer, windows, blocked))
         assert np.array_equal(mix[index].numpy(), addresser.mix(layer, windows, blocked))
+
+
+@pytest.mark.parametrize("implementation", [ngram_rows, on_torch], ids=["kernel", "reference"])
+def test_rows_and_mixes_are_written_where_asked(implementation) -> None:
+    constants, table = constants_of(rule()), torch.randint(0, 64, (1, 9))
+    row_of, positions = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 5])
+    expected = reference(table, row_of, positions, 3, constants)
+    into = torch.full((2, 3, 15), -1), torch.full((2, 3, 3), -1)
+    given = implementation(table, row_of, positions, 3, constants, into)
+    for out, made, wanted in zip(into, given, expected, strict=True):
+        assert out is made and torch.equal(out, wanted)

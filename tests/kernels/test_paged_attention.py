@@ -34,7 +34,7 @@ def paged(lengths: list[int], kv_heads: int, width: int, dtype: torch.dtype):
     return cache, table, contents
 
 
-def attention64(query, contents, counts, window: int) -> torch.Tensor:
+def attention64(query, contents, counts, window: int, scale: float = 0.0) -> torch.Tensor:
     outs, at = [], 0
     for kv, count in zip(contents, counts, strict=True):
         n, group = len(kv), query.shape[1] // kv.shape[2]
@@ -44,7 +44,7 @@ def attention64(query, contents, counts, window: int) -> torch.Tensor:
             keys, values = kv[first : p + 1, 0], kv[first : p + 1, 1]
             heads = []
             for h in range(query.shape[1]):
-                score = keys[:, h // group] @ query[at + i, h].double() / math.sqrt(query.shape[2])
+                score = keys[:, h // group] @ query[at + i, h].double() * (scale or 1 / math.sqrt(query.shape[2]))
                 heads.append(score.softmax(0) @ values[:, h // group])
             outs.append(torch.stack(heads))
         at += count
@@ -81,3 +81,20 @@ def test_prefill_is_causal_from_where_its_chunk_begins(implementation: str, dtyp
     )
     expected = attention64(query, contents, counts, window)
     torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_a_scale_of_ones_own_takes_the_place_of_the_head_sizes(scale: float) -> None:
+    lengths, counts = [40, 9], [3, 2]
+    cache, table, contents = paged(lengths, 2, 16, torch.float32)
+    query = 3 * torch.randn(5, 4, 16, generator=torch.Generator().manual_seed(2))
+    starts, context = torch.tensor([0, 3, 5]), torch.tensor(lengths)
+    expected = attention64(query, contents, counts, 0, scale)
+    for got in (
+        paged_attention.prefill(query, cache, table, starts, context, 2, 3, 0, scale),
+        paged_attention.reference(query, cache, table, starts, context, 2, 0, scale),
+    ):
+        torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
+    last = query[[2, 4]]
+    got = paged_attention.decode(last, cache, table, context, 2, 0, scale)
+    torch.testing.assert_close(got.double(), expected[[2, 4]], atol=2e-5, rtol=2e-5)

@@ -1,4 +1,4 @@
-"""Lookup and admission: rows bit-exact against the row types' own decoding, in every cache state."""
+"""Lookup: rows bit-exact against the row types' own decoding, in every cache state."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import admission, row_lookup
+from kernels import language, row_lookup
 from kernels.row_lookup import HotTags, RowFormat
 from server.cache.row_types import RowType, row_type
 
-HEADS, DIM, ROWS, SETS, WAYS = 3, 32, 80, 4, 16
+ORDERS, HEADS, DIM, ROWS, SETS, WAYS = 2, 3, 32, 80, 4, 16
 
 
 def table_of(kind: RowType) -> torch.Tensor:
@@ -31,21 +31,21 @@ def form_of(kind: RowType, stride: int) -> RowFormat:
     return RowFormat(kind.name, DIM, stride, scale=0.37 if kind.name == "float8_e4m3" else 1.0)
 
 
-def empty_tags(entry_bytes: int) -> tuple[HotTags, torch.Tensor]:
-    tags = HotTags(
+def empty_tags(entry_bytes: int) -> HotTags:
+    return HotTags(
         torch.zeros(SETS, WAYS, dtype=torch.int64),
         torch.full((SETS, WAYS), -1, dtype=torch.int64),
         torch.full((SETS * WAYS, entry_bytes), 0xA5, dtype=torch.uint8),
     )
-    return tags, torch.zeros(SETS, WAYS, dtype=torch.int32)
 
 
-def grouped(keys: torch.Tensor, owners: torch.Tensor, heat: torch.Tensor):
-    """Newcomers by set, hottest first, as an admission pass wants them."""
-    where = row_lookup.set_of(owners, keys, SETS)
-    order = torch.tensor(sorted(range(len(keys)), key=lambda i: (int(where[i]), -int(heat[i]))))
-    sets, counts = where[order].unique_consecutive(return_counts=True)
-    return order, sets, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+def enter(tags: HotTags, table: torch.Tensor, owner: int, key: int, row_ids: torch.Tensor) -> None:
+    """Into the first free way of its set."""
+    where = int(row_lookup.set_of(torch.tensor(owner), torch.tensor(key), SETS))
+    way = int((tags.owners[where] == -1).int().argmax())
+    assert tags.owners[where, way] == -1
+    tags.cached[where * WAYS + way] = table[row_ids].flatten()
+    tags.keys[where, way], tags.owners[where, way] = key, owner
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,64 +53,74 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.nan_to_num(nan=12345.0)
 
 
-@pytest.mark.parametrize("lookup", [row_lookup.lookup, row_lookup.reference])
-@pytest.mark.parametrize("admit", [admission.admit, admission.reference])
+IMPLEMENTATIONS = [
+    row_lookup.lookup,
+    lambda *args, seen=None: row_lookup.reference(*args[:8], seen),  # has no programs
+]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # infinities are compared too
+@pytest.mark.parametrize("lookup", IMPLEMENTATIONS, ids=["kernel", "reference"])
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "int8", "float8_e4m3", "float8_e4m3_e8m0"])
-def test_rows_are_the_tables_with_the_cache_off_cold_and_warm(lookup, admit, name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_the_tables_with_the_cache_off_cold_and_warm(lookup, name: str, dtype: torch.dtype) -> None:
+    if language.interpreting and lookup is row_lookup.lookup and (name == "bfloat16") != (dtype == torch.bfloat16):
+        pytest.skip("the interpreter truncates to bf16 and loses its subnormals; a GPU rounds")
     kind = row_type(name, 0.37)
     table = table_of(kind)
     form = form_of(kind, table.shape[1])
     generator = torch.Generator().manual_seed(1)
-    count = 40
-    keys = torch.randint(0, 25, (count,), generator=generator) * 1_000_003
-    owners = torch.randint(0, 2, (count,), generator=generator)
-    row_ids = (keys[:, None] // 1_000_003 + 31 * owners[:, None] + torch.arange(HEADS)) % ROWS
-    expected = torch.empty(count * HEADS, DIM)
+    tokens, owners = 20, torch.tensor([5, 9])
+    keys = torch.randint(0, 25, (tokens, ORDERS), generator=generator) * 1_000_003
+    row_ids = (keys[..., None] // 1_000_003 + 31 * torch.arange(ORDERS)[:, None] + torch.arange(HEADS)) % ROWS
+    expected = torch.empty(tokens * ORDERS * HEADS, DIM, dtype=dtype)
     kind.decode(table[row_ids.flatten()], expected)
-    expected = expected.view(count, HEADS * DIM)
-    dtype = form.dtype if form.kind == "plain" else torch.float32
-    tags, counts = empty_tags(HEADS * table.shape[1])
-    moves = torch.zeros(2, dtype=torch.int64)
+    expected = expected.view(tokens, -1)
+    seen = torch.arange(tokens) % 3 != 1
 
-    def rows(held: HotTags | None, counters: torch.Tensor) -> torch.Tensor:
-        out = torch.full((count, HEADS * DIM), 7.0, dtype=dtype)
-        extra = (16,) if lookup is row_lookup.lookup else ()
-        lookup(table, form, row_ids, keys, owners, held, out, counters, *extra)
-        return out.float()
+    def rows(held: HotTags | None, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[list[int]]]:
+        out = torch.full((tokens, ORDERS * HEADS * DIM), 7.0, dtype=dtype)
+        counters = torch.zeros(ORDERS, 2, dtype=torch.int64)
+        lookup(table, form, row_ids.flatten(1), keys, owners, held, out, counters, 16, seen=mask)
+        return out, counters.tolist()
 
+    tags = empty_tags(HEADS * table.shape[1])
     for held in (None, tags):  # off, cold
-        counters = torch.zeros(2, dtype=torch.int64)
-        assert torch.equal(bits(rows(held, counters)), bits(expected))
-        assert counters.tolist() == [0, count]
+        out, counted = rows(held)
+        assert torch.equal(bits(out), bits(expected))
+        assert counted == [[0, tokens], [0, tokens]]
+    entered = {(order, int(keys[token, order])) for token in range(0, tokens, 2) for order in range(ORDERS)}
+    for token, order in np.ndindex(tokens, ORDERS):
+        if (order, int(keys[token, order])) in entered and token % 2 == 0:
+            with_key = (tags.owners == owners[order]) & (tags.keys == keys[token, order])
+            if not with_key.any():
+                enter(tags, table, int(owners[order]), int(keys[token, order]), row_ids[token, order])
+    hits = [[(order, int(key)) in entered for order, key in enumerate(token)] for token in keys]
+    out, counted = rows(tags)
+    assert torch.equal(bits(out), bits(expected))
+    found = [sum(hit[order] for hit in hits) for order in range(ORDERS)]
+    assert counted == [[found[order], tokens - found[order]] for order in range(ORDERS)]
+    assert 0 < min(found) < tokens
+    out, counted = rows(tags, seen)
+    assert torch.equal(bits(out[seen]), bits(expected[seen])) and (out[~seen] == 7.0).all()
+    assert [sum(order) for order in counted] == [int(seen.sum())] * ORDERS
 
-    distinct = torch.unique(torch.stack([owners, keys, *row_ids.T]), dim=1)
-    heat = torch.arange(1, distinct.shape[1] + 1, dtype=torch.int32)
-    order, sets, starts = grouped(distinct[1], distinct[0], heat)
-    chosen = [part[order].contiguous() for part in (distinct[1], distinct[0], heat, distinct[2:].T)]
-    admit(table, tags, counts, starts, sets, *chosen, moves)
-    counters = torch.zeros(2, dtype=torch.int64)
-    assert torch.equal(bits(rows(tags, counters)), bits(expected))
-    assert counters.sum() == count and counters[0] > 0
-    assert moves[0] == (tags.owners != -1).sum() + moves[1]
-    assert int(moves[0]) >= min(WAYS, int(starts.diff().max()))
 
-
-@pytest.mark.parametrize("admit", [admission.admit, admission.reference])
-def test_a_colder_newcomer_does_not_enter_and_a_hotter_one_takes_the_coldest_way(admit) -> None:
-    table = torch.arange(ROWS * 16, dtype=torch.int64).to(torch.uint8).view(ROWS, 16)
-    tags, counts = empty_tags(16)
-    keys, owners = torch.arange(WAYS) + 100, torch.zeros(WAYS, dtype=torch.int64)
-    tags.keys[2], tags.owners[2], counts[2] = keys, owners, torch.arange(10, 10 + WAYS, dtype=torch.int32)
-    moves = torch.zeros(2, dtype=torch.int64)
-    new = torch.tensor([500, 600, 700])
-    admit(
-        table, tags, counts, torch.tensor([0, 3]), torch.tensor([2]), new, torch.ones(3, dtype=torch.int64),
-        torch.tensor([50, 11, 11], dtype=torch.int32), torch.tensor([[5], [6], [7]]), moves,
-    )  # fmt: skip
-    assert moves.tolist() == [1, 1]
-    assert tags.keys[2, 0] == 500 and tags.owners[2, 0] == 1 and counts[2, 0] == 50
-    assert torch.equal(tags.cached[2 * WAYS], table[5])
-    assert tags.keys[2, 1:].tolist() == keys[1:].tolist()
+@pytest.mark.parametrize("lookup", IMPLEMENTATIONS, ids=["kernel", "reference"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "float8_e4m3_e8m0"])
+def test_a_row_wider_than_a_program_holds_comes_in_pieces(lookup, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_lookup, "VALUES", 64)
+    kind, dim = row_type(name), 160
+    raw = np.random.default_rng(0).integers(0, 120, (ROWS, kind.row_bytes(dim)), np.uint8)
+    table = torch.from_numpy(raw)
+    form = RowFormat("plain" if name == "bfloat16" else name, dim, table.shape[1])
+    ids = torch.tensor([[3], [79], [0]])
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    expected = torch.empty(3, dim, dtype=dtype)
+    kind.decode(table[ids.flatten()], expected)
+    out = torch.full((3, dim), 7.0, dtype=dtype)
+    lookup(table, form, ids, ids, torch.tensor([0]), None, out, torch.zeros(1, 2, dtype=torch.int64), 2)
+    assert torch.equal(bits(out), bits(expected))
 
 
 def test_the_sets_are_those_of_the_cache() -> None:

@@ -215,6 +215,7 @@ def test_a_list_that_cannot_be_saved_is_named_and_serving_goes_on(
     close(engine)
     path = hot_list_path(engine.runner.memories.packs[0].fingerprint)  # type: ignore[union-attr]
     assert f"memory a: no hot list saved to {path}: No space left on device" in caplog.text
+    assert [note in caplog.text for note in engine.stats().notes] == [True]
     assert not path.exists()
 
 

@@ -25,12 +25,15 @@ def prompt_of(length: int, seed: int = 1) -> tuple[int, ...]:
     return tuple(int(t) for t in np.random.default_rng(seed).integers(1, VOCAB, length))
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_matches_transformers_in_chunks_in_decode_and_after_a_prefix_hit(name: str, tmp_path: Path) -> None:
+def test_a_backbone_matches_transformers_in_chunks_in_decode_and_after_a_prefix_hit(
+    name: str, cpu_kernels: str, tmp_path: Path
+) -> None:
     reference = save_backbone(tmp_path, name)
     prompt = prompt_of(150)
     assert len(prompt) > 4 * WINDOW
-    engine = engine_on(str(tmp_path), max_num_batched_tokens=37)
+    engine = engine_on(str(tmp_path), max_num_batched_tokens=37, cpu_kernels=cpu_kernels)
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
     assert torch.allclose(logits_of(engine, prompt), expected, atol=TOLERANCE)

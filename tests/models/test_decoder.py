@@ -44,12 +44,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_random_llama_saved_by_transformers_matches_it(variant: str, tmp_path: Path) -> None:
+def test_a_random_llama_saved_by_transformers_matches_it(variant: str, cpu_kernels: str, tmp_path: Path) -> None:
     reference = save_tiny_llama(tmp_path, **VARIANTS[variant])
     generator = np.random.default_rng(1)
     prompt = tuple(int(t) for t in generator.integers(1, VOCAB, 150))
-    engine = engine_on(str(tmp_path), max_num_batched_tokens=37)
+    engine = engine_on(str(tmp_path), max_num_batched_tokens=37, cpu_kernels=cpu_kernels)
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
     assert torch.allclose(logits_of(engine, prompt), expected, atol=TOLERANCE)
@@ -74,11 +75,11 @@ def test_smollm2_greedy_tokens_match_transformers(
         assert answer == greedy_reference(smollm2_reference, prompt, answer)
 
 
-@pytest.mark.skipif(
-    not can_prepack(torch.bfloat16, torch.device("cpu")), reason="this processor has no bf16 kernels to prepack for"
-)
-def test_weights_are_held_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_held_once(dtype: torch.dtype) -> None:
+    if not can_prepack(dtype, torch.device("cpu")):
+        pytest.skip(f"this processor multiplies {dtype} without prepacked weights")
     source = open_source("builtin:smollm2-135m")
-    model = build_model(source, torch.bfloat16, torch.device("cpu"), 512)
+    model = build_model(source, dtype, torch.device("cpu"), 512)
     plain = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
     assert plain == source.config.vocab_size * source.config.hidden_size  # the embedding; the rest is packed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from server.cache.row_types import row_type
 from server.cache.table_writer import write_sparse_table
 from server.cli import main
 from server.commands.attach import attach, fresh_config
+from server.commands.plan import lines
 from server.memory.engram import Engram
 from server.memory.pack import MODULES, engram_shape, table_file
 from server.models.source import open_source
 from server.runtime.load import load, prepare, weight_bytes
+from server.runtime.report import describe_places
 from tests.engines import settings_for
 
 
@@ -48,6 +51,17 @@ def test_a_plan_says_where_every_table_goes_and_why(
     assert "asked for: --placement a/1=device" in shown
     assert "the page cache serves as well" in shown
     assert "1,073,741,824" in shown
+
+
+def test_beside_a_gpu_plan_and_report_say_who_looks_rows_up(tiny_llama_folder: Path, pack: Path) -> None:
+    settings = settings_for(str(tiny_llama_folder), memory=(f"a={pack}",), placement=("a/1=device", "a/3=mapped"))
+    gpu = torch.device("cuda")
+    reasons = {what: why for what, _, _, why in lines(replace(prepare(settings), device=gpu), settings)}
+    assert reasons["table a/1"].endswith("decode steps look rows up on the GPU")
+    assert reasons["table a/3"].endswith("rows are staged: a GPU cannot read a mapped file itself")
+    told = dict(describe_places(replace(load(settings), device=gpu)))
+    assert told["table a/1"].endswith("; direct: rows lie on the device")
+    assert told["table a/3"].endswith("; staged: a GPU cannot read a mapped file itself")
 
 
 def pack_with_sparse_table(folder: Path, model: str, nbytes: int) -> Path:

@@ -79,9 +79,9 @@ def test_chunks_give_the_logits_of_the_whole(tiny: str, budget: int) -> None:
 
 def test_decoding_one_by_one_gives_the_tokens_of_decoding_padded(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [prompt_of(i, length) for i, length in enumerate((3, 70, 20, 41))]
-    padded = drive(engine_on(tiny), prompts, max_tokens=12)
+    padded = drive(engine_on(tiny, cpu_kernels="off"), prompts, max_tokens=12)
     monkeypatch.setattr("server.models.attention.sdpa.CALL_COST_TOKENS", 0)
-    engine = engine_on(tiny)
+    engine = engine_on(tiny, cpu_kernels="off")  # the kernels pad nothing
     groups: list[int] = []
     attention, plan = engine.runner.attention, engine.runner.attention.plan
     monkeypatch.setattr(attention, "plan", lambda batch: (plan(batch), groups.append(len(attention.plans[0].groups))))

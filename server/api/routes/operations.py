@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from server.api.metrics import registry
-from server.api.replies import ERRORS, JSONReply, Status, Version
+from server.api.replies import ERRORS, JSONReply, Readiness, Status, Version
 from server.api.service import Service
 from server.errors import NotReady
 
@@ -33,11 +33,12 @@ def routes(service: Service) -> APIRouter:
             raise NotReady("the engine is gone; restart the server")
         return JSONReply({"status": "ok"})
 
-    @router.get("/ready", responses={200: {"model": Status}, **ERRORS})
+    @router.get("/ready", responses={200: {"model": Readiness}, **ERRORS})
     async def ready() -> Response:
-        """Takes requests: loaded, not draining, its tables readable."""
+        """Takes requests: loaded, not draining, its tables readable. Notes: what else does not work as asked for."""
         service.check_ready()
-        return JSONReply({"status": "ready"})
+        notes = list(service.client.stats.notes)
+        return JSONReply({"status": "ready", **({"notes": notes} if notes else {})})
 
     @router.get("/version", responses={200: {"model": Version}})
     async def get_version() -> Response:

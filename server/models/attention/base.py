@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from server.models.attention.kv_cache import KVCache
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,6 +20,7 @@ class AttentionBackend(ABC):
     """Shapes: T tokens, Hq query heads, Hk key-value heads, D values per head."""
 
     name: str
+    cache: KVCache
 
     @abstractmethod
     def plan(self, batch: Batch) -> None:
@@ -31,6 +34,11 @@ class AttentionBackend(ABC):
         """
 
     @property
-    @abstractmethod
     def kv_bytes(self) -> int:
         """Bytes the KV cache occupies."""
+        return self.cache.nbytes
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens the KV cache has room for."""
+        return self.cache.layers[0].shape[0] * self.cache.block_size

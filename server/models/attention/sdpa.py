@@ -57,6 +57,12 @@ class Plan:
     chunks: list[Chunk]
 
 
+def decoding(batch: Batch) -> int:
+    """How many sequences at the batch's start have one new token, and older ones to attend to."""
+    one = (np.diff(batch.query_start) == 1) & (batch.context_len > 1)
+    return len(one) if one.all() else int(one.argmin())
+
+
 class SdpaBackend(AttentionBackend):
     name = "sdpa"
 
@@ -70,31 +76,29 @@ class SdpaBackend(AttentionBackend):
         self.slots: Tensor
         self.plans: dict[int, Plan] = {}
 
-    @property
-    def kv_bytes(self) -> int:
-        return self.cache.nbytes
-
     def plan(self, batch: Batch) -> None:
         self.slots = batch.slots
         self.plans = {window: self._plan(batch, window) for window in dict.fromkeys(self.windows)}
 
     def _plan(self, batch: Batch, window: int) -> Plan:
+        decodes = decoding(batch)
+        return Plan(self._groups(batch, decodes, window), self._chunks(batch, decodes, window))
+
+    def _groups(self, batch: Batch, decodes: int, window: int) -> list[DecodeGroup]:
         groups: list[DecodeGroup] = []
-        starts = batch.query_start.tolist()
-        context = batch.context_len.tolist()
-        decodes = 0
-        while decodes < len(context) and starts[decodes + 1] - starts[decodes] == 1 and context[decodes] > 1:
-            decodes += 1
         if decodes:
-            read = [min(length, window or length) for length in context[:decodes]]
+            read = [min(length, window or length) for length in batch.context_len[:decodes].tolist()]
             padding = decodes * max(read) - sum(read)
             alone = padding > CALL_COST_TOKENS * decodes
             step = 1 if alone else decodes
             groups = [self._group(batch, a, min(a + step, decodes), window) for a in range(0, decodes, step)]
-        chunks = [
+        return groups
+
+    def _chunks(self, batch: Batch, decodes: int, window: int) -> list[Chunk]:
+        starts, context = batch.query_start.tolist(), batch.context_len.tolist()
+        return [
             self._chunk(batch, b, starts[b], starts[b + 1], context[b], window) for b in range(decodes, len(context))
         ]
-        return Plan(groups, chunks)
 
     def _group(self, batch: Batch, start: int, stop: int, window: int) -> DecodeGroup:
         size, lengths = batch.block_size, batch.context_len[start:stop]

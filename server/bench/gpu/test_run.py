@@ -1,0 +1,112 @@
+"""`gpu-test`: the project's tests that need a device, and the kernels' tests compiled for it.
+
+    tests/gpu        what only a GPU shows: captured steps, registered tables, streams
+    tests/kernels    the same tests as everywhere, here compiled instead of interpreted
+    sanitizer        compute-sanitizer over the lookup kernels at tiny sizes, where the tool is installed
+
+pytest is not one of the packages such a machine must have: without it there is one clear line, and `gpu-kernels`
+compares every kernel with float64 all the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from server.bench.gpu.device import ROOT
+from server.bench.gpu.journal import MOST_BYTES, Figures
+from server.bench.gpu.session import Session
+from server.errors import SettingsError, StepFailed
+
+FOLDERS = ("tests/gpu", "tests/kernels")
+SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+TOOLS = ("memcheck", "racecheck")
+LEAST_SECONDS = 60.0
+NO_TESTS = 5  # pytest's exit status where it found none
+
+
+def run(session: Session, out: Path) -> dict[str, Any]:
+    """Raises StepFailed if a test failed or the sanitizer found something."""
+    found: dict[str, Any] = {}
+    for name, command in jobs(session).items():
+        if command is None:
+            session.say(f"{name}: not run, since {session.device.type} has no use for it or the tool is not installed")
+            continue
+        needs = 0 if session.tiny else LEAST_SECONDS
+        figures = session.measure({"job": name}, partial(ran, session, name, command, out), needs)
+        if figures is not None:
+            found[name] = figures
+    rows = [(name, "passed" if f["ok"] else "FAILED", f"{f['seconds']:.0f}", f["last"]) for name, f in found.items()]
+    session.table("tests", ("what", "", "s", "last words"), rows)
+    failed = [name for name, figures in found.items() if not figures["ok"]]
+    if failed:
+        raise StepFailed(f"failed: {', '.join(failed)}; their output is in {out}")
+    return found
+
+
+def jobs(session: Session) -> dict[str, list[str] | None]:
+    """Name → command. Raises SettingsError without pytest."""
+    if importlib.util.find_spec("pytest") is None:
+        raise SettingsError(
+            f"{sys.executable} has no pytest; make gpu-kernels compares every kernel with float64 without it, "
+            f"or install it: {sys.executable} -m pip install pytest"
+        )
+    found: dict[str, list[str] | None] = {folder: pytest_command(folder) for folder in FOLDERS}
+    tool = next((path for path in map(shutil.which, SANITIZER) if path is not None), None)
+    only = [sys.executable, "-m", "server.bench.gpu", "kernels", "--shape", "tiny", "--only", "lookup"]
+    for kind in TOOLS:
+        usable = tool is not None and session.device.type == "cuda"
+        found[kind] = [str(tool), "--tool", kind, "--error-exitcode", "9", *only] if usable else None
+    return found
+
+
+def pytest_command(folder: str) -> list[str]:
+    """Without the settings of pyproject.toml and tests/conftest.py, which need plugins."""
+    words = ["-c", "tests/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", folder, "-q", folder]
+    return [sys.executable, "-m", "pytest", *words]
+
+
+def ran(session: Session, name: str, command: Sequence[str], out: Path) -> Figures:
+    """Ends the job when the command's time is over. Its output is kept in a file."""
+    begun = time.monotonic()
+    code, output = done(command, name in TOOLS, max(session.budget.left, 1.0))
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / f"{name.replace('/', '-')}.log"
+    log.write_bytes(output.encode()[-MOST_BYTES:])
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "no words")
+    return {
+        "ok": code in (0, NO_TESTS),
+        "code": code,
+        "seconds": time.monotonic() - begun,
+        "last": last.strip(" =")[:100],
+        "log": log.name,
+    }
+
+
+def done(command: Sequence[str], apart: bool, limit: float) -> tuple[int, str]:
+    """Exit status and output. `apart`: in an empty folder, where no result of before makes it skip anything."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory(prefix="gpu-test-") as scratch:
+        environment |= {
+            "OUT": scratch,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }
+        try:
+            ran = subprocess.run(
+                command, cwd=scratch if apart else ROOT, env=environment, text=True, timeout=limit,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            words = error.stdout or b""
+            return -1, (words.decode(errors="replace") if isinstance(words, bytes) else words) + "\nended: out of time"
+    return ran.returncode, ran.stdout

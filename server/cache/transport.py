@@ -1,0 +1,41 @@
+"""Transport: how a decode step on a GPU gets a table's rows, told from where they lie. Knows tables and tiers only.
+
+direct   kernels read the rows themselves, within a CUDA graph: on the device, or in registered RAM
+staged   the host gathers them and a side stream copies them: every other table, and every prefill
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from server.cache.device_table import DeviceTable
+from server.cache.pinned_table import PinnedTable
+from server.cache.row_table import Table
+
+MAPPED = "a GPU cannot read a mapped file itself"
+PLANNED = {
+    "device": "decode steps look rows up on the GPU",
+    "pinned": "decode steps look rows up on the GPU once its driver registers the copy",
+    "mapped": f"rows are staged: {MAPPED}",
+}
+
+
+class Transport(NamedTuple):
+    direct: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'direct' if self.direct else 'staged'}: {self.reason}"
+
+
+def transport(table: Table, device: torch.device) -> Transport:
+    """For a model on `device`; on the CPU, whose kernels are torch's operators, RAM needs no registration."""
+    if isinstance(table, DeviceTable):
+        return Transport(True, "rows lie on the device")
+    if not isinstance(table, PinnedTable):
+        return Transport(False, MAPPED)
+    if table.registered:
+        return Transport(True, "the GPU reads registered memory")
+    return Transport(device.type == "cpu", "the copy is not registered with a GPU")

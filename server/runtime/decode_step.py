@@ -1,0 +1,284 @@
+"""Decode steps over static tensors: one token a sequence, from the device's token table back into it.
+
+    tokens[row, position] ─ embed ─ blocks, with memory ─ norm ─ logits ─ sample ─► tokens[row, position + 1]
+
+Captured once per bucket as a CUDA graph and replayed; called as it is on a CPU, or with graphs off. A step's input
+token is already on the device when the step before it has been launched, so that the host may launch the next step
+before it has read the last one's tokens. What is launched runs in stream order, one step after another.
+
+A bucket is filled up with dummies: they read and write a row of the token table and a KV block of their own.
+
+Shapes: B sequences of a bucket, N pages of the longest context, V vocabulary. Knows rows, positions and blocks;
+nothing of sequences, requests or scheduling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels.sampling import sample
+from server.batch import Bools, DecodeBatch, Ints
+from server.errors import CapacityError
+from server.models.attention.paged import PagedBackend
+from server.models.decoder import Decoder, MemoryStep
+from server.runtime.decode_inputs import StepInputs
+from server.view import MemoryView
+
+WARM_UPS = 2  # before a capture: the first compiles, the second finds what the first left behind
+
+
+class DeviceMemoryStep(MemoryStep, Protocol):
+    """A step's memory, forked onto a stream of its own."""
+
+    def join(self) -> None:
+        """Lets the step's stream wait for what was forked."""
+
+
+class DeviceMemory(Protocol):
+    """The packs whose rows are looked up within a decode step. K packs, in the order of attachment."""
+
+    @property
+    def up_layers(self) -> frozenset[int]:
+        """The layers whose up-projection it replaces."""
+
+    def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
+        """Whether a decode step of these views, at positions[B], can be done wholly on the device."""
+
+    def sees(self, views: Sequence[MemoryView]) -> Bools:
+        """[K, B] which of B views see which pack; B may be 0."""
+
+    def prepare(self, views: Sequence[MemoryView], askers: Ints | None = None) -> None:
+        """Before each launch: writes what varies to static tensors."""
+
+    def begin(self, batch: DecodeBatch) -> DeviceMemoryStep:
+        """Within the step: hashes and lookups, forked onto a side stream."""
+
+    def between(self, batch: DecodeBatch) -> None:
+        """After each launch, without waiting: counters and admission."""
+
+
+def bucket_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, 16, 24, 32, … and `most` itself."""
+    return tuple(sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most}))
+
+
+class Launched:
+    """A step on its way. `logits[B, V]` in fp32 are the graph's own: valid until the next launch."""
+
+    def __init__(self, host: Tensor, logits: Tensor, done: torch.cuda.Event | None) -> None:
+        self._host, self._done, self.logits = host, done, logits
+        self._tokens: list[int] | None = None
+
+    def tokens(self) -> list[int]:
+        """[B] the sampled ids, without dummies. Waits for the step."""
+        if self._tokens is None:
+            if self._done is not None:
+                self._done.synchronize()
+            self._tokens = self._host.tolist()
+        return self._tokens
+
+
+class Turn:
+    """A host copy of a step's tokens; two take turns, so that a step may be launched before the last one is read."""
+
+    def __init__(self, most: int, pinned: bool) -> None:
+        self.host = torch.zeros(most, dtype=torch.int64, pin_memory=pinned)
+        self.done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self.launched: Launched | None = None
+
+    def finish(self) -> None:
+        """Before the copy is written again: whoever has not read its tokens yet gets them."""
+        if self.launched is not None:
+            self.launched.tokens()
+
+
+class DecodeSteps:
+    """`max_len`: the longest context; `window`: how far back memory looks; `dummy_block`: a KV block that only dummies
+    use. `buckets`: batch sizes, `bucket_sizes(max_num_seqs)` by default; `graphs`: replay captured graphs.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: PagedBackend,
+        memory: DeviceMemory | None,
+        *,
+        max_num_seqs: int,
+        max_len: int,
+        block_size: int,
+        window: int,
+        device: torch.device,
+        dummy_block: int,
+        buckets: Sequence[int] = (),
+        graphs: bool,
+    ) -> None:
+        self.model, self.attention, self.memory, self.device = model, attention, memory, device
+        self.buckets = tuple(sorted(buckets)) or bucket_sizes(max_num_seqs)
+        self.most, self.pad, self.graphs = self.buckets[-1], window - 1, graphs
+        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.capture_seconds, self.capture_bytes = 0.0, 0
+        packs = len(memory.sees(())) if memory is not None else 0
+        # one row more, for dummies; one position more, for the token after the longest context
+        self.tokens = torch.zeros(max_num_seqs + 1, self.pad + max_len + 1, dtype=torch.int64, device=device)
+        self.blocks = torch.zeros(max_num_seqs + 1, -(-max_len // block_size), dtype=torch.int64, device=device)
+        self.inputs = StepInputs(
+            self.most, packs, dummy_row=max_num_seqs, dummy_block=dummy_block, block_size=block_size, device=device
+        )
+        self._block_table = torch.zeros(self.most, self.blocks.shape[1], dtype=torch.int64, device=device)
+        self._logits = torch.zeros(self.most, model.config.vocab_size, dtype=torch.float32, device=device)
+        self._sampled = torch.zeros(self.most, dtype=torch.int64, device=device)
+        self._turns = [Turn(self.most, pinned=device.type == "cuda") for _ in range(2)]
+        self._batches = {bucket: self._batch(bucket, block_size) for bucket in self.buckets}
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Warms up and captures every bucket, the largest first, over one shared memory pool.
+
+        progress(done, all) is told of every bucket. Raises CapacityError if the device has no room; graphs are off
+        then. Nothing to do without graphs.
+        """
+        if not self.graphs:
+            return
+        begun, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
+        bucket, stream = self.most, torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        try:
+            for done, bucket in enumerate(reversed(self.buckets), 1):
+                self._capture(bucket, stream)
+                if progress is not None:
+                    progress(done, len(self.buckets))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            self.give_up_graphs()
+            raise CapacityError(no_room(bucket, self.most, free)) from error
+        self.capture_seconds = time.perf_counter() - begun
+        self.capture_bytes = max(free - torch.cuda.mem_get_info(self.device)[0], 0)
+
+    def give_up_graphs(self) -> None:
+        """From now on steps are computed as they are."""
+        self.graphs = False
+        self.captured.clear()
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _capture(self, bucket: int, stream: torch.cuda.Stream) -> None:
+        """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream, which
+        all buckets share: cuBLAS keeps a workspace per stream.
+        """
+        batch = self._batches[bucket]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._compute(batch)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.captured.values())).pool() if self.captured else None
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._compute(batch)
+        self.captured[bucket] = graph
+
+    @torch.inference_mode()
+    def launch(
+        self,
+        rows: Ints,
+        positions: Ints,
+        blocks: Ints,
+        temperatures: npt.NDArray[np.floating],
+        seeds: Ints,
+        views: Sequence[MemoryView],
+        askers: Ints | None = None,
+    ) -> Launched:
+        """Computes the next token of B sequences; returns at once.
+
+        rows[B], positions[B] of the tokens to compute, which stand in the token table; blocks[B]: the KV block of
+        each position, entered into the rows of the block table by the step itself; temperatures[B] (0: greedy);
+        seeds[B] as int64 bits; views[B]; askers[B]: which request each is of, where anybody counts. The sampled tokens
+        are written at the next position.
+        """
+        count = len(rows)
+        bucket = next(size for size in self.buckets if size >= count)
+        batch = self._batches[bucket]
+        if self.memory is not None:
+            self.memory.prepare(views, askers)
+        sees = self.memory.sees(views) if self.memory is not None else np.zeros((0, count), np.bool_)
+        self.inputs.send(bucket, rows, positions, blocks, temperatures, seeds, sees)
+        if bucket in self.captured:
+            self.captured[bucket].replay()
+        else:
+            self._compute(batch)
+        launched = self._read(count)
+        if self.memory is not None:
+            self.memory.between(batch)
+        return launched
+
+    def _read(self, count: int) -> Launched:
+        """Begins the copy of the sampled tokens to the host."""
+        turn = self._turns.pop(0)
+        self._turns.append(turn)
+        turn.finish()
+        turn.host[:count].copy_(self._sampled[:count], non_blocking=True)
+        if turn.done is not None:
+            turn.done.record()
+        turn.launched = Launched(turn.host[:count], self._logits[:count], turn.done)
+        return turn.launched
+
+    def _batch(self, bucket: int, block_size: int) -> DecodeBatch:
+        fields = self.inputs.fields
+        return DecodeBatch(
+            tokens=self.tokens,
+            pad=self.pad,
+            row_of=fields.lane("row_of")[:bucket],
+            positions=fields.lane("positions")[:bucket],
+            block_table=self._block_table[:bucket],
+            context_len=fields.lane("context_len")[:bucket],
+            slots=fields.lane("slots")[:bucket],
+            sees=fields.sees[:, :bucket],
+            block_size=block_size,
+        )
+
+    def _compute(self, batch: DecodeBatch) -> None:
+        """What a graph holds."""
+        fields, bucket = self.inputs.fields, batch.num_tokens
+        self.blocks.index_put_((batch.row_of, fields.lane("pages")[:bucket]), fields.lane("blocks")[:bucket])
+        torch.index_select(self.blocks, 0, batch.row_of, out=batch.block_table)
+        memory = self.memory.begin(batch) if self.memory is not None else None
+        self.attention.plan_decode(batch)
+        hidden = self.model.states(batch.token_ids, batch.positions, self.attention, memory)
+        logits = self.model.logits(hidden, out=self._logits[:bucket])
+        sampled = sample(logits, fields.temperature[:bucket], fields.lane("seeds")[:bucket], batch.context_len)
+        self.tokens.index_put_((batch.row_of, self.pad + batch.context_len), sampled)
+        self._sampled[:bucket].copy_(sampled)
+        if memory is not None:
+            memory.join()
+
+    @torch.inference_mode()
+    def write_tokens(self, rows: Ints, positions: Ints, ids: Ints) -> None:
+        """rows[M], positions[M], ids[M] into the token table. Of a fresh sequence the last `window` ids are enough."""
+        row, column, token = torch.from_numpy(np.stack((rows, self.pad + positions, ids))).to(self.device)
+        self.tokens.index_put_((row, column), token)
+
+    @torch.inference_mode()
+    def write_blocks(self, rows: Ints, blocks: Ints) -> None:
+        """blocks[M, N], padded with block 0, into rows[M] of the block table: of sequences that did not decode here."""
+        self.blocks.index_copy_(0, torch.from_numpy(rows).to(self.device), torch.from_numpy(blocks).to(self.device))
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether device memory ran out, also where the capture's own end failed after that."""
+    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def no_room(bucket: int, most: int, free: int) -> str:
+    """What to lower, and to what value, if the graph of a bucket does not fit."""
+    return (
+        f"{free} bytes were free on the device and the decode graph of {bucket} sequences does not fit; set "
+        f"--max-num-seqs {max(most // 2, 1)}, lower --kv-bytes or start with --cuda-graphs off"
+    )

@@ -1,0 +1,220 @@
+"""The device path: decode steps that stay on a GPU, and what serves in their place where it cannot be taken.
+
+    GPU new enough, Triton, kernels that run and agree with torch's ─► paged attention, fused kernels, DecodeSteps
+                                                       room to capture ─► CUDA graphs
+    otherwise                                                          ─► torch's operators, eagerly, one line says why
+
+Chosen once, at start; named in the start-up report.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kernels import gated_product, language, rms_norm, rotary, sampling
+from server.batch import Batch
+from server.errors import CapacityError
+from server.models.attention.base import AttentionBackend
+from server.models.attention.kv_cache import KVCache
+from server.models.attention.paged import PagedBackend
+from server.models.attention.sdpa import SdpaBackend
+from server.models.config import ModelConfig
+from server.models.decoder import Decoder
+from server.runtime.decode_step import DecodeSteps, DeviceMemory
+from server.view import BARE
+
+logger = logging.getLogger(__name__)
+
+CAPABILITY = (8, 0)  # bf16 in tensor cores
+TRIAL_BLOCK, TRIAL_TOKENS = 16, (1, 1, 40)  # of the kernels' trial: two decode steps and a prefill
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of values around 1, TF32 allowed for
+
+
+class DevicePath:
+    """`dummy_block`: the block after those of the pool, which dummies use.
+
+    `paged`: whether our kernels are used. `notes`: what is not as it could be, and why, one line each.
+    """
+
+    def __init__(self, dummy_block: int) -> None:
+        self.dummy_block = dummy_block
+        self.paged = False
+        self.notes: list[str] = []
+        self.steps: DecodeSteps | None = None
+
+    def choose_attention(self, config: ModelConfig, cache: KVCache) -> AttentionBackend:
+        """Paged attention, unless something speaks against our kernels."""
+        layer = cache.layers[0]
+        reason = unfit(layer.device) or trial(config, layer.dtype, layer.device)
+        self.paged = reason is None
+        if reason is None:
+            return PagedBackend(config, cache)
+        self._note(f"torch's operators in place of our kernels: {reason}")
+        return SdpaBackend(config, cache)
+
+    def build(
+        self,
+        model: Decoder,
+        attention: AttentionBackend,
+        memory: DeviceMemory | None,
+        *,
+        max_num_seqs: int,
+        max_len: int,
+        block_size: int,
+        window: int,
+        graphs: bool,
+    ) -> DecodeSteps | None:
+        """Decode steps, captured if `graphs`; None where there is no paged attention."""
+        if not isinstance(attention, PagedBackend):
+            return None
+        if not model.without_up <= (memory.up_layers if memory is not None else frozenset()):
+            self._note("decode steps run eagerly: a memory that stands in for up-projections is read on the host")
+            return None
+        device = attention.device
+        try:
+            self.steps = DecodeSteps(
+                model,
+                attention,
+                memory,
+                max_num_seqs=max_num_seqs,
+                max_len=max_len,
+                block_size=block_size,
+                window=window,
+                device=device,
+                dummy_block=self.dummy_block,
+                graphs=graphs and device.type == "cuda",
+            )
+        except torch.cuda.OutOfMemoryError:
+            needed = 4 * max_num_seqs * model.config.vocab_size
+            self._note(
+                f"decode steps run eagerly: their logits take {needed} bytes, which are not free on {device}; set "
+                f"--max-num-seqs {max(max_num_seqs // 2, 1)} or lower --kv-bytes"
+            )
+            return None
+        self._capture(self.steps)
+        return self.steps
+
+    def _capture(self, steps: DecodeSteps) -> None:
+        """Steps that cannot be captured run as they are."""
+        try:
+            steps.capture()
+        except CapacityError as error:
+            self._note(f"decode steps run without CUDA graphs: {error}")
+        except Exception as error:
+            logger.exception("decode steps could not be captured")
+            steps.give_up_graphs()
+            self._note(f"decode steps run without CUDA graphs, since capturing failed: {first_line(error)}")
+
+    def report(self) -> list[tuple[str, str]]:
+        """Lines of the start-up report."""
+        lines = [("attention", "paged, by our kernels" if self.paged else "torch's scaled_dot_product_attention")]
+        steps = self.steps
+        if steps is not None:
+            how = "without CUDA graphs"
+            if steps.captured:
+                how = (
+                    f"{len(steps.captured)} CUDA graphs of {', '.join(map(str, steps.buckets))} sequences, captured in "
+                    f"{steps.capture_seconds:.1f} s, {steps.capture_bytes:,} bytes"
+                )
+            lines.append(("decode", f"on the device, one step ahead, {how}"))
+        return lines + [("fallback", note) for note in self.notes]
+
+    def _note(self, note: str) -> None:
+        logger.warning(note)
+        self.notes.append(note)
+
+
+def unfit(device: torch.device) -> str | None:
+    """Why our kernels cannot run on this device; None if they can. On a CPU they run by their references."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {found[0]}.{found[1]} and they need {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if not language.available:
+        return "Triton is not installed; pip install 'engram-server[gpu]'"
+    return None
+
+
+@torch.inference_mode()
+def trial(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Runs every kernel of a decode step once, in this model's shapes; why they cannot be used, None if they can."""
+    try:
+        worst = attention_error(config, dtype, device)
+        dense_kernels(config, dtype, device)
+    except Exception as error:
+        logger.debug("the kernels' trial failed", exc_info=True)
+        return f"a kernel failed: {first_line(error)}"
+    if not worst <= TOLERANCE[dtype]:  # NaN included
+        return f"paged attention differs by {worst:.2g} from torch's, {TOLERANCE[dtype]} at most is allowed"
+    return None
+
+
+def attention_error(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference between both backends over a mixed batch and a decode batch, for every kind of window."""
+    windows = tuple(dict.fromkeys(config.features.windows))
+    few = replace(config, num_layers=len(windows), features=replace(config.features, windows=windows))
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    generator = torch.Generator().manual_seed(0)
+    batches = [trial_batch((40, 25, 40), device), trial_batch(TRIAL_TOKENS, device, before=(40, 25, 0))]
+    inputs = [torch.randn(batch.num_tokens, width, generator=generator).to(device, dtype) for batch in batches]
+    outs = []
+    for backend in (PagedBackend, SdpaBackend):
+        attention = backend(few, KVCache(few, 10, TRIAL_BLOCK, dtype, device))
+        for batch, qkv in zip(batches, inputs, strict=True):
+            attention.plan(batch)
+            outs += [attention.forward(qkv.clone(), layer).float() for layer in range(len(windows))]
+    half = len(outs) // 2
+    return max(float((a - b).abs().max()) for a, b in zip(outs[:half], outs[half:], strict=True))
+
+
+def trial_batch(tokens: tuple[int, ...], device: torch.device, before: tuple[int, ...] = ()) -> Batch:
+    """A batch of sequences over three blocks each, `before` tokens of which are known."""
+    counts, starts = np.array(tokens), np.array(before or (0,) * len(tokens))
+    positions = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+    table = 1 + np.arange(3 * len(counts)).reshape(len(counts), 3)
+    of = np.repeat(np.arange(len(counts)), counts)
+    slots = table[of, positions // TRIAL_BLOCK] * TRIAL_BLOCK + positions % TRIAL_BLOCK
+    ids = np.zeros(len(positions), np.int64)
+    return Batch(
+        token_ids=torch.from_numpy(ids).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        block_table=torch.from_numpy(table).to(device),
+        host_blocks=table,
+        query_start=np.concatenate(([0], counts.cumsum())),
+        context_len=starts + counts,
+        views=(BARE,),
+        view_of=ids,
+        windows=ids[:, None],
+        blocked=np.zeros((len(ids), 1), np.bool_),
+        sample_at=torch.zeros(0, dtype=torch.int64, device=device),
+        block_size=TRIAL_BLOCK,
+    )
+
+
+def dense_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles and runs the other kernels of a decode step. Raises what they raise."""
+    heads, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
+    ones = torch.ones(2, config.hidden_size, device=device)
+    rms_norm.add_rms_norm(ones, ones.to(dtype), ones[0], config.rms_norm_eps, dtype)
+    turned = torch.ones(2, heads, config.head_dim, dtype=dtype, device=device)
+    gain = torch.ones(heads, config.head_dim, device=device) if config.features.qk_norm else None
+    positions = torch.zeros(2, dtype=torch.int64, device=device)
+    table = torch.ones(1, half, dtype=torch.complex64, device=device)
+    rotary.rotate_(turned, table, positions, gain, config.rms_norm_eps)
+    gate_up = torch.ones(2, 2 * config.intermediate_size, dtype=dtype, device=device)
+    gated_product.gated_product(gate_up, config.features.activation)
+    logits = torch.zeros(2, config.vocab_size, device=device)
+    sampling.sample(logits, ones[:, 0], positions, positions)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

@@ -1,0 +1,105 @@
+"""Engines whose decode steps read hot rows on the device, and tables that fail under them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import language
+from server.runtime.engine import Engine
+from server.runtime.messages import SamplingParams, Submit
+from server.runtime.overlap import OverlappedEngine
+from tests.engines import engine_on, outputs_of, tokens_of
+from tests.memory.stems import save_stem
+from tests.memory.test_device_memory import HIDDEN
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+PACKS = ("a", "b", "s")
+Made = Callable[..., Engine]
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "interpreting", False)
+
+
+@pytest.fixture(scope="module")
+def stem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = torch.randn(49152, 160, generator=torch.Generator().manual_seed(5))
+    return save_stem(tmp_path_factory.mktemp("stems") / "s", {2: table}, HIDDEN)
+
+
+@pytest.fixture
+def made(tiny_llama_folder: Path, pack_a: Path, pack_b: Path, stem: Path) -> Iterator[Made]:
+    opened: list[Engine] = []
+
+    def make(device: bool, **flags: Any) -> Engine:
+        chosen = {"placement": ("pinned",), "keep_up_projection": True, "hot_list": "off", "block_size": 8, **flags}
+        memory = tuple(f"{name}={folder}" for name, folder in zip(PACKS, (pack_a, pack_b, stem), strict=True))
+        engine = engine_on(str(tiny_llama_folder), device_path=device, memory=memory, **chosen)
+        assert isinstance(engine, OverlappedEngine) == device
+        opened.append(engine)
+        return engine
+
+    yield make
+    for engine in opened:
+        engine.runner.memories.close()  # type: ignore[union-attr]
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    generator = np.random.default_rng(seed)
+    return [tuple(generator.integers(100, 4000, int(generator.integers(2, 30))).tolist()) for _ in range(count)]
+
+
+def submits(seed: int = 0) -> list[Submit]:
+    """Requests of different lengths that see different packs, one of them none."""
+    seen = [("a",), ("a", "b"), PACKS, (), ("s",), ("b", "s")]
+    return [Submit(f"r{i}", prompt, GREEDY, seen[i]) for i, prompt in enumerate(prompts(len(seen), seed))]
+
+
+def answers(engine: Engine, asked: list[Submit]) -> dict[tuple[str, int], list[int]]:
+    return {key: tokens_of(outputs) for key, outputs in outputs_of(engine, asked).items()}
+
+
+def looked_up(engine: Engine) -> int:
+    """N-grams that the device looked up."""
+    direct = engine.runner.memories.direct  # type: ignore[union-attr]
+    direct._take()
+    return int(direct._counted.sum())
+
+
+def test_requests_that_see_different_packs_get_the_hosts_tokens_from_hot_rows(made: Made) -> None:
+    host, device = made(False), made(True, device_cache=1 << 20)
+    for seed in (0, 1, 0):
+        assert answers(device, submits(seed)) == answers(host, submits(seed))
+    read = [counters for counters in device.stats().memory if counters.layer in (1, 3)]
+    assert all(counters.device_hits > 0 and counters.rows == host_rows(host, counters) for counters in read)
+    assert looked_up(device) > 100
+
+
+def host_rows(host: Engine, of: Any) -> int:
+    """Rows that the host's engine looked up of the same table, which the same tokens must have."""
+    return next(c.rows for c in host.stats().memory if (c.table, c.layer) == (of.table, of.layer))
+
+
+def test_a_failed_table_ends_its_requests_with_the_cause_and_no_others(made: Made) -> None:
+    device = made(True)
+    pack = device.runner.memories.packs[0]  # type: ignore[union-attr]
+    with_a, without = (Submit(name, prompts(1)[0], GREEDY, packs) for name, packs in (("x", ("a",)), ("y", ("b",))))
+    for submit in (with_a, without):
+        device.submit(submit)
+    found: dict[str, list[Any]] = {"x": [], "y": []}
+    for step in range(60):
+        if step == 5:
+            pack.tables[3].fault = "the rows are gone"
+        for output in device.step().outputs:
+            found[output.request_id].append(output)
+        if device.idle:
+            break
+    assert found["x"][-1].finish_reason == "error" and "gone" in found["x"][-1].error.message
+    assert found["y"][-1].finish_reason == "length"

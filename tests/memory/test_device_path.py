@@ -1,0 +1,108 @@
+"""Engines on the device path read the memories of the engine that computes eagerly: token for token, in any mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.memory.addressing import windows_of
+from server.memory.edits import EditedRows
+from server.runtime.engine import Engine
+from server.runtime.messages import SamplingParams, Submit
+from server.runtime.overlap import OverlappedEngine
+from tests.engines import engine_on, outputs_of, tokens_of
+from tests.memory.stems import save_stem
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+HIDDEN, INNER = 64, 160
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels by their torch references: through Triton's interpreter a step takes seconds (tests/kernels)."""
+    monkeypatch.setattr("kernels.language.interpreting", False)
+
+
+@pytest.fixture(scope="module")
+def packs(pack_a: Path, pack_b: Path, tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> list[str]:
+    """Two Engram packs on layers 1 and 3, a STEM pack on layers 1 and 2."""
+    generator = torch.Generator().manual_seed(7)
+    tables = {layer: torch.randn(49152, INNER, generator=generator) for layer in (1, 2)}
+    stem = save_stem(tmp_path_factory.mktemp("packs") / "stem", tables, HIDDEN)
+    return [f"a={pack_a}", f"b={pack_b}", f"s={stem}"]
+
+
+def both(folder: Path, packs: list[str], **flags: Any) -> tuple[Engine, OverlappedEngine]:
+    """The same engine, eager and on the device path."""
+    sizes: dict[str, Any] = {"block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 24, **flags}
+    eager, device = (engine_on(str(folder), memory=tuple(packs), device_path=path, **sizes) for path in (False, True))
+    assert isinstance(device, OverlappedEngine)
+    return eager, device
+
+
+def workload(names: list[tuple[str, ...]]) -> list[Submit]:
+    """Prompts of several lengths, some with a common start; each names the packs it reads."""
+    generator = np.random.default_rng(3)
+    shared = tuple(generator.integers(100, 4000, 18).tolist())
+    prompts = [shared[: 3 * i] + tuple(generator.integers(100, 4000, 3 + 5 * i).tolist()) for i in range(len(names))]
+    return [Submit(f"r{i}", prompts[i], GREEDY, packs) for i, packs in enumerate(names)]
+
+
+def answers(engine: Engine, submits: list[Submit]) -> dict[tuple[str, int], list[int]]:
+    return {key: tokens_of(told) for key, told in outputs_of(engine, submits).items()}
+
+
+@pytest.mark.parametrize("placement", ["device", "pinned"])
+def test_whoever_reads_which_pack_gets_the_tokens_of_the_eager_engine(
+    tiny_llama_folder: Path, packs: list[str], placement: str
+) -> None:
+    submits = workload([("a", "s"), ("s",), ("b", "s"), ("a", "b", "s"), ("s",), ("b", "a", "s")])
+    eager, device = both(tiny_llama_folder, packs, placement=(placement,))
+    expected = answers(eager, submits)
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(submits)
+    assert answers(device, submits) == expected
+    assert device.launched_ahead > 10
+
+
+def test_tables_that_only_the_host_can_read_are_read_eagerly(tiny_llama_folder: Path, packs: list[str]) -> None:
+    submits = workload([("a",), (), ("a", "b")])
+    eager, device = both(tiny_llama_folder, packs[:2], placement=("mapped",))
+    assert answers(device, submits) == answers(eager, submits)
+    ahead = device.launched_ahead
+    assert answers(device, workload([(), ()])) == answers(eager, workload([(), ()]))
+    assert device.launched_ahead > ahead  # who reads no memory still decodes on the device
+
+
+def test_a_stem_pack_that_only_the_host_can_read_leaves_the_engine_eager(
+    tiny_llama_folder: Path, packs: list[str]
+) -> None:
+    submits = workload([("s",), ("s",)])
+    eager = engine_on(str(tiny_llama_folder), memory=tuple(packs[2:]), placement=("mapped",))
+    device = engine_on(str(tiny_llama_folder), memory=tuple(packs[2:]), placement=("mapped",), device_path=True)
+    assert type(device) is Engine
+    assert answers(device, submits) == answers(eager, submits)
+
+
+def test_edits_are_read_by_those_who_see_them(tiny_llama_folder: Path, packs: list[str]) -> None:
+    engines = both(tiny_llama_folder, packs[:1], placement=("pinned",))
+    submits = workload([("a",), ("a",)])
+    plain = answers(engines[0], submits)
+    for engine in engines:
+        memories = engine.runner.memories
+        assert memories is not None
+        pack, edited = memories.packs[0], {}
+        # of the tokens the answer will consist of, so that decode steps read edited rows
+        ids = np.array((*submits[1].token_ids, *plain["r1", 0]))
+        for layer, (rows, _) in pack.address(*windows_of(ids, memories.window)).items():
+            chosen = np.unique(rows)
+            values = np.random.default_rng(1).normal(0, 0.5, (len(chosen), pack.tables[layer].dim))
+            edited[pack.content, layer] = EditedRows(chosen, values.astype(np.float32))
+        engine.update_edits("someone", edited)
+    asked = [Submit(f"e{i}", submit.token_ids, GREEDY, ("a",), tenant="someone") for i, submit in enumerate(submits)]
+    expected = answers(engines[0], [*submits, *asked])
+    assert expected["e1", 0] != plain["r1", 0] == expected["r1", 0]
+    assert answers(engines[1], [*submits, *asked]) == expected

@@ -36,8 +36,8 @@ def announce(console: Console, settings: Settings, client: EngineClient) -> None
 def curl(settings: Settings) -> str:
     """One line of shell that streams an answer."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    question = {"messages": [{"role": "user", "content": "What is the capital of France? Answer in a sentence."}], "stream": True}
-    body = json.dumps({**question, "max_tokens": 32, "temperature": 0})
+    message = {"role": "user", "content": "What is the capital of France? Answer in a sentence."}
+    body = json.dumps({"messages": [message], "stream": True, "max_tokens": 32, "temperature": 0})
     scheme = "https" if settings.ssl_certfile else "http"
     url = f"{scheme}://{host}:{settings.port}/v1/chat/completions"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if settings.api_key or settings.api_keys_file else ""

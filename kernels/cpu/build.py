@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +52,12 @@ def library() -> Built:
 def build() -> Built:
     """Compiles, or finds what an earlier start compiled, and loads it. Raises NoKernels."""
     command = [*compiler(), *FLAGS, *openmp()]
-    name = f"decode-{fingerprint(command)}.so"
-    path = folder() / name
+    path = folder() / f"decode-{fingerprint(command)}.so"
     if path.exists():
-        return Built(loaded(path), path, 0.0)
+        with suppress(NoKernels):  # cut short by a crash or a full disk: built anew
+            return Built(loaded(path), path, 0.0)
     begun = time.perf_counter()
-    path = compiled(command, path)
+    compiled(command, path)
     return Built(loaded(path), path, time.perf_counter() - begun)
 
 
@@ -96,25 +97,36 @@ def processor() -> str:
 
 
 def folder() -> Path:
-    """Where the library is kept: the cache folder, or a fresh temporary one if that cannot be written."""
-    kept = cache_folder()
-    try:
+    """Where the library is kept: the cache folder, or a fresh temporary one if that cannot be written.
+
+    Raises NoKernels where neither can be.
+    """
+    with suppress(OSError, RuntimeError):  # RuntimeError: nobody's home
+        kept = cache_folder()
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+        if os.access(kept, os.W_OK | os.X_OK):
+            return kept
+    try:
         return Path(tempfile.mkdtemp(prefix="engram-server-"))
-    return kept if os.access(kept, os.W_OK) else Path(tempfile.mkdtemp(prefix="engram-server-"))
+    except OSError as error:
+        raise NoKernels(f"there is no folder to build them in: {error}") from error
 
 
-def compiled(command: list[str], path: Path) -> Path:
-    """Builds beside `path` and renames, so that two starts at once do not see half a file. Raises NoKernels."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    done = _run([*command, str(SOURCE), "-o", str(partial), "-lm"])
-    if done.returncode:
-        partial.unlink(missing_ok=True)
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-        raise NoKernels(f"{command[0]} failed: {said[0]}")
-    partial.replace(path)
-    return path
+def compiled(command: list[str], path: Path) -> None:
+    """Builds beside `path` and renames, so that two starts at once do not see half a file. Raises NoKernels.
+
+    Beside means in a folder of its own: the starts may be of containers, whose process ids are alike.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as made:
+            partial = Path(made) / path.name
+            done = _run([*command, str(SOURCE), "-o", str(partial), "-lm"])
+            if done.returncode:
+                said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+                raise NoKernels(f"{command[0]} failed: {said[0]}")
+            partial.replace(path)
+    except OSError as error:
+        raise NoKernels(f"{path} cannot be written: {error}") from error
 
 
 def loaded(path: Path) -> ctypes.CDLL:

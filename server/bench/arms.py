@@ -39,11 +39,11 @@ Text = tuple[int, ...]
 
 @dataclass(slots=True)
 class Arm:
-    """An engine, its steps' seconds, and what its memory counted meanwhile."""
+    """An engine, its steps' seconds, and what each of its tables had counted before and after each round of them."""
 
     engine: Engine
     seconds: list[float] = field(default_factory=list)
-    counted: list[LayerCounters] = field(default_factory=list)
+    counted: list[tuple[LayerCounters, LayerCounters]] = field(default_factory=list)
 
     def tables(self) -> tuple[LayerCounters, ...]:
         memories = self.engine.runner.memories
@@ -117,7 +117,7 @@ def alternate(arms: Mapping[str, Arm], pieces: Sequence[Text], count: int, secon
         arm.seconds.clear()
         arm.counted.clear()
     ends, at = time.perf_counter() + seconds, 0
-    first = next(iter(arms.values()))
+    first, before = next(iter(arms.values())), dict[str, tuple[LayerCounters, ...]]()
     while not first.seconds or time.perf_counter() < ends:
         chosen = [pieces[(at + index) % len(pieces)] for index in range(count)]
         at += count
@@ -125,9 +125,8 @@ def alternate(arms: Mapping[str, Arm], pieces: Sequence[Text], count: int, secon
             warm_pages(arm, chosen)
             start(arm.engine, chosen)
         for turn in range(ROUND):
-            if turn == WARM_TURNS and not first.counted:
-                for arm in arms.values():
-                    arm.counted.extend(arm.tables())
+            if turn == WARM_TURNS:
+                before = {name: arm.tables() for name, arm in arms.items()}
             orders = orders or balanced(list(arms), draw)
             for name in orders.pop():
                 begun = time.perf_counter()
@@ -136,6 +135,8 @@ def alternate(arms: Mapping[str, Arm], pieces: Sequence[Text], count: int, secon
                     arms[name].seconds.append(time.perf_counter() - begun)
             if turn > 4 * WARM_TURNS and time.perf_counter() > ends:
                 break
+        for name, arm in arms.items():
+            arm.counted.extend(zip(before[name], arm.tables(), strict=True))
 
 
 def balanced(names: list[str], draw: random.Random) -> list[list[str]]:

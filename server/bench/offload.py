@@ -46,12 +46,10 @@ CACHE = 64 * MIB
 
 
 def memory_figures(arm: Arm, sequences: int) -> dict[str, float]:
-    """What the arm's tables did since they were first measured; seconds as shares, rows and bytes per token."""
-    before = {(c.table, c.layer): c for c in arm.counted}
-    now = [(c, before[c.table, c.layer]) for c in arm.tables()]
-    stall, fetch = (sum(getattr(c, name) - getattr(b, name) for c, b in now) for name in ("stall_s", "fetch_s"))
-    rows, hits, read = (
-        sum(getattr(c, name) - getattr(b, name) for c, b in now) for name in ("rows", "device_hits", "bytes")
+    """What the arm's tables did in the steps measured; seconds as shares, rows and bytes per token."""
+    stall, fetch, rows, hits, read = (
+        sum(getattr(after, name) - getattr(before, name) for before, after in arm.counted)
+        for name in ("stall_s", "fetch_s", "rows", "device_hits", "bytes")
     )
     tokens = len(arm.seconds) * sequences
     return {
@@ -98,9 +96,7 @@ def measure(
             measured = {**ratio(*times).as_json(), "middle_half": middle_half(*times)}
             found["ratios"][f"{a}_over_{b}"]["throughput"][str(count)] = measured
         found["step_ms"][str(count)] = {name: float(np.median(arm.seconds)) * 1e3 for name, arm in arms.items()}
-        found["memory"][str(count)] = {
-            name: memory_figures(arm, count) for name, arm in arms.items() if arm.counted and arm.tables()
-        }
+        found["memory"][str(count)] = {name: memory_figures(arm, count) for name, arm in arms.items() if arm.counted}
     return found
 
 

@@ -78,6 +78,8 @@ class FilePages:
             self.state[pages] = RECENT
         if new:
             limit.admit(new)
+            for pages in spans:  # what a pass dropped while this waited for it is about to be read all the same
+                self.state[pages] = RECENT
 
     def room(self) -> int:
         """Pages that may be asked for ahead."""

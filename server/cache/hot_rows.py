@@ -266,7 +266,8 @@ class HotRows:
 
         Belongs to the thread of `find`.
         """
-        if source.key not in self.sources:  # removed meanwhile
+        known = self.sources.get(source.key)
+        if known is None or known.table is not source.table:  # removed meanwhile; another may have its name
             return 0
         pool = self.pools[source.entry_bytes]
         owners = np.full(len(keys), self._owners[source.key][order])

@@ -261,9 +261,10 @@ class Prefetcher:
     def _serve_all(self, fetches: Sequence[Fetch]) -> None:
         for fetch in fetches:
             self._serve(fetch)
-        if fetches and self._reader.hot is not None:
-            with self._reader.hot.turn:
-                if self._mirrored is None:
+        hot = self._reader.hot  # asked once: where it fails in `settle`, it is gone the next time
+        if fetches and hot is not None:
+            with hot.turn:
+                if not hot.mirrored:
                     self._learn(fetches[-1].step)
 
     @property
@@ -285,8 +286,9 @@ class Prefetcher:
 
     def _do_in_turn(self, job: Job) -> None:
         """On the worker: a job, or leaves it to `settle` if the cache has been mirrored since it was queued."""
-        with self._reader.hot.turn if self._reader.hot is not None else nullcontext():
-            if self._mirrored is None:
+        hot = self._reader.hot
+        with hot.turn if hot is not None else nullcontext():
+            if hot is None or not hot.mirrored:
                 self._do(job)
                 return
         self._jobs.put(job)
@@ -327,8 +329,8 @@ class Prefetcher:
                 self._tally(fetch.lookup).add(fetch, stall)
 
     def _tally(self, lookup: Lookup) -> Tally:
-        key = lookup.table.name, lookup.layer
+        key, kind = (lookup.table.name, lookup.layer), (lookup.table.row_bytes, lookup.orders)
         tally = self._tallies.get(key)
-        if tally is None:
-            tally = self._tallies[key] = Tally(*key, lookup.table.row_bytes, lookup.orders, self._fetch_bounds)
+        if tally is None or (tally.row_bytes, tally.orders) != kind:  # the name may be another pack's by now
+            tally = self._tallies[key] = Tally(*key, *kind, self._fetch_bounds)
         return tally

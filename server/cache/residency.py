@@ -40,7 +40,7 @@ class Residency:
         self.dropped_pages = self.waits = 0
         # Replaced whole by whoever adds or removes, since the thread goes through them meanwhile.
         self._files: dict[tuple[int, int], FilePages] = {}
-        self._of: dict[str, list[FilePages]] = {}
+        self._of: dict[RowTable, list[FilePages]] = {}  # by table: one that comes may have the name of one that leaves
         # To be closed by the thread, which may look at them now; with the mapping, which the table itself lets go of.
         self._gone: SimpleQueue[tuple[FilePages, mmap.mmap | None]] = SimpleQueue()
         self._set_marks(step_bytes)
@@ -65,7 +65,7 @@ class Residency:
         """Watches these tables no more, and has their pages dropped under a limit, unless another table's lie in the
         same file. Before the tables are closed."""
         for table in tables:
-            self._of.pop(table.name, None)
+            self._of.pop(table, None)
             for file in table.files:
                 file.watch = None
                 pages = self._files.get(_key(file))
@@ -98,10 +98,10 @@ class Residency:
     def figures(self) -> dict[str, Resident]:
         """Per table, what stands in RAM."""
         found = {}
-        for name, files in self._of.items():
+        for table, files in self._of.items():
             parts = [file.resident() for file in files]
             counted = parts[0].counted if len({part.counted for part in parts}) == 1 else "sampled"
-            found[name] = Resident(sum(part.nbytes for part in parts), counted)
+            found[table.name] = Resident(sum(part.nbytes for part in parts), counted)
         return found
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class Residency:
         self.low = self.high * 7 // 8
 
     def _watch(self, table: RowTable) -> None:
-        self._of[table.name] = []
+        self._of[table] = []
         for file in table.files:
             pages = self._files.get(_key(file))
             if pages is None:
@@ -131,7 +131,7 @@ class Residency:
                 pages.files = [*pages.files, file]
             if self.limit:
                 file.watch = pages
-            self._of[table.name].append(pages)
+            self._of[table].append(pages)
 
     def _let_go(self) -> None:
         """Closes what is watched no more."""

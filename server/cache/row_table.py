@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -161,14 +162,16 @@ class RowTable:
         total = 0
         for column in self._columns:
             for file, pages in column.pages(ids):
-                if file.watch is not None:  # under a limit: no more than there is room for
-                    pages = pages[: file.watch.room()]
-                    file.watch.touch(pages, pages)
+                watch = file.watch
+                if watch is not None:  # under a limit: no more than there is room for
+                    pages = pages[: watch.room()]
+                    watch.touch(pages, pages)
                 total += len(pages)
                 starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
                 lengths = np.diff(starts, append=len(pages)) * PAGE
-                for offset, length in zip((pages[starts] * PAGE).tolist(), lengths.tolist(), strict=True):
-                    os.posix_fadvise(file.fd, offset, length, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):  # advice; the table may be closed meanwhile
+                    for offset, length in zip((pages[starts] * PAGE).tolist(), lengths.tolist(), strict=True):
+                        os.posix_fadvise(file.fd, offset, length, os.POSIX_FADV_WILLNEED)
         return total
 
     def close(self) -> None:

@@ -40,7 +40,9 @@ class PageWatch(Protocol):
 
 
 class TableFile:
-    """One open file and what it looked like when opened."""
+    """One open file and what it looked like when opened. Closed at the latest when nobody holds it any more."""
+
+    fd = -1
 
     def __init__(self, path: Path, read: ReadMode) -> None:
         self.path = Path(os.path.realpath(path))
@@ -81,6 +83,9 @@ class TableFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Column:

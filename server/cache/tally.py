@@ -59,7 +59,9 @@ class Tally:
     def snapshot(self, hot: HotRows | None) -> LayerCounters:
         key = self.table, self.layer
         cached = None if hot is None else hot.figures(key)
-        held, moves = (NOTHING, [(0, 0)] * len(self.orders)) if cached is None else cached
+        if cached is None or len(cached[1]) != len(self.orders):  # of another pack, which took over the name
+            cached = NOTHING, [(0, 0)] * len(self.orders)
+        held, moves = cached
         orders = tuple(
             [
                 OrderCounters(order, looked_up, hits, read, shared, *moved)

@@ -159,5 +159,6 @@ class WarmStart:
                 )
 
     def _sources(self, pack: Attachment) -> list[tuple[int, Source]]:
-        found = ((layer, self.hot.sources.get((table.name, layer))) for layer, table in pack.tables.items())
-        return [(layer, source) for layer, source in found if source is not None]
+        """Those in the cache; one of the same name may be another pack's, which came when this one left."""
+        found = ((layer, table, self.hot.sources.get((table.name, layer))) for layer, table in pack.tables.items())
+        return [(layer, source) for layer, table, source in found if source is not None and source.table is table]

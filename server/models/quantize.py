@@ -18,6 +18,7 @@ from server.errors import SettingsError
 from server.models.layers import Linear
 
 GROUP = 32  # weights that share a scale and a zero in int4
+TINY = 1e-30  # in place of a scale of 0, which a row of zeros has and a very small one in fp16
 FEW = {"int8": 1, "int4": 4}  # tokens up to which the integer kernel is the faster
 
 
@@ -49,8 +50,8 @@ class QuantizedLinear(nn.Module):
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight[N, K] → int8 [N, K], scales [N], and the values they stand for [N, K]."""
-    scales = (weight.float().abs().amax(1) / 127).clamp_(min=1e-12).to(weight.dtype)
-    packed = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127)
+    scales = (weight.float().abs().amax(1) / 127).to(weight.dtype)
+    packed = (weight.float() / scales.float()[:, None].clamp(min=TINY)).round_().clamp_(-127, 127)
     values = (packed * scales.float()[:, None]).to(weight.dtype)
     return packed.to(torch.int8), scales, values
 
@@ -60,9 +61,9 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
     groups = weight.float().view(rows, columns // GROUP, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
-    scale = ((high - low) / 15).clamp_(min=1e-12).to(weight.dtype)
+    scale = ((high - low) / 15).to(weight.dtype)
     zero = (low + 8 * scale.float()).to(weight.dtype)
-    steps = ((groups - zero.float()[..., None]) / scale.float()[..., None] + 8).round_().clamp_(0, 15)
+    steps = ((groups - zero.float()[..., None]) / scale.float()[..., None].clamp(min=TINY) + 8).round_().clamp_(0, 15)
     values = ((steps - 8) * scale.float()[..., None] + zero.float()[..., None]).to(weight.dtype)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.view(rows, columns).to(torch.int32), 1)
     scales = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()

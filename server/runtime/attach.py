@@ -50,10 +50,9 @@ SWITCH_SECONDS = 0.0002
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A pack ready to join: `budget`, the tokens a step may have with it; `memories` where it is the first."""
+    """A pack ready to join; `memories` where it is the first."""
 
     pack: AttachedPack
-    budget: int
     memories: Memories | None
     seconds: float
 
@@ -135,15 +134,12 @@ class MemoryChanges:
             if isinstance(pack, StemPack):
                 raise Conflict(f"{name!r} is a STEM pack, which is attached when the server starts: --memory")
             pack.fingerprint = f"{pack.fingerprint}#{next(self._serial)}"
-            memories = self._engine.runner.memories
-            attached = memories.packs if memories is not None else ()
-            budget = min(self._engine.scheduler.budget, self._budget([*attached, pack]))
             self._allocate(pack)
             if self._loaded.plan.room.host_limit:
                 for mapped in pack.mapped:  # here already, since a file in the page cache takes its time to leave it
                     mapped.forget()
             first: Memories | None = None
-            if memories is None:
+            if self._engine.runner.memories is None:
                 staging, prefetch = self._settings.staging, self._settings.prefetch == "on"
                 bounds = fetch_bounds(self._settings)
                 prefetcher = Prefetcher(loaded.dtype, loaded.device, staging, prefetch, None, bounds)
@@ -152,7 +148,7 @@ class MemoryChanges:
             for table in pack.tables.values():
                 table.close()
             raise
-        return Opened(pack, budget, first, time.perf_counter() - begun)
+        return Opened(pack, first, time.perf_counter() - begun)
 
     def _budget(self, packs: Iterable[AttachedPack | StemPack]) -> int:
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
@@ -177,21 +173,23 @@ class MemoryChanges:
         opened = opening.result()
         engine, pack = self._engine, opened.pack
         needs = mapped_needs(pack, self._settings.max_num_batched_tokens)
+        memories = engine.runner.memories
         try:
             self._check(pack, needs)
+            budget = self._budget([*(memories.packs if memories is not None else ()), pack])
         except EngramError:
             for table in pack.tables.values():
                 table.close()
             if opened.memories is not None:
                 opened.memories.close()
             raise
-        if engine.runner.memories is None:
+        if memories is None:
             engine.runner.memories = opened.memories
         elif opened.memories is not None:  # another pack came first
             opened.memories.close()
         self._memories.add(pack, sum(need.step_bytes for need in needs))
         engine.runner.table.widen(self._memories.window)
-        engine.scheduler.budget = min(engine.scheduler.budget, opened.budget)
+        engine.scheduler.budget = min(engine.scheduler.budget, budget)
         engine.packs[pack.name] = pack.fingerprint
         logger.info("memory %s is attached, opened in %.3f s", pack.name, opened.seconds)
         return opened.seconds

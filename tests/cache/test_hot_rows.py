@@ -164,6 +164,34 @@ def test_a_cache_that_fails_is_left_out_and_said_so(caplog: pytest.LogCaptureFix
     assert [record.message for record in caplog.records] == ["the device cache failed and is not used any more"]
 
 
+def test_the_worker_goes_on_if_the_cache_fails_elsewhere_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`settle` gives a mirrored cache up on the engine's thread, between two looks of the worker."""
+    lookup, done = hashed(MemoryTable("t"), 1, keys_of(3)), list[str]()
+    hot = cache_for(lookup)
+
+    class Reader:
+        """Has the cache when first asked for it, and no more."""
+
+        def __init__(self) -> None:
+            self.answers = [hot]
+
+        @property
+        def hot(self) -> HotRows | None:
+            return self.answers.pop() if self.answers else None
+
+        def fill(self, fetch: Fetch) -> None:
+            done.append("fetch")
+
+    prefetcher = Prefetcher(torch.float32, CPU, MIB, prefetch=False)
+    fetches = prefetcher.begin([lookup])
+    monkeypatch.setattr(prefetcher, "_reader", Reader())
+    prefetcher._serve_all(fetches)
+    monkeypatch.setattr(prefetcher, "_reader", Reader())
+    prefetcher._do_in_turn(lambda: done.append("job"))
+    assert done == ["fetch", "job"] and not hot.turn.locked()
+    prefetcher.close()
+
+
 def test_an_unknown_table_is_read_past_the_cache() -> None:
     known, unknown = MemoryTable("known"), MemoryTable("unknown")
     namesake = MemoryTable("known", seed=5)
@@ -469,3 +497,40 @@ class Steps(RuleBasedStateMachine):
 
 TestSteps = Steps.TestCase
 TestSteps.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_another_pack_under_the_name_of_one_that_left_is_counted_by_itself() -> None:
+    old, new = MemoryTable("a"), MemoryTable("a", seed=1)
+    asked = hashed(old, 1, keys_of(6))
+    prefetcher = Prefetcher(torch.float32, CPU, MIB, hot=cache_for(asked))
+
+    def read(lookup: Lookup) -> None:
+        for fetch in prefetcher.begin([lookup]):
+            fetch.wait()
+
+    read(asked)
+    prefetcher.forget([old])
+    shorter = hashed(new, 1, keys_of(6)[:, :1])
+    prefetcher.cache([source_of(shorter)])
+    for _ in range(3):
+        read(shorter)
+    (counted,) = prefetcher.counters()
+    assert [(order.order, order.looked_up) for order in counted.orders] == [(2, 3 * 6 * 4)]
+    assert 0 < counted.device_hits < counted.rows == 3 * 6 * 4
+    prefetcher.close()
+
+
+def test_a_hot_list_of_a_table_that_left_does_not_enter_for_its_successor() -> None:
+    """Both have one name, layer and entry size; what a key means is their own affair."""
+    old, new = MemoryTable("a"), MemoryTable("a", seed=1)
+    lookup, later = hashed(old, 1, keys_of(6)), hashed(new, 1, keys_of(6))
+    assert lookup.keys is not None
+    hot = cache_for(lookup)
+    hot.remove(old)
+    assert hot.add(source_of(later)) is None
+    rows = lookup.row_ids.reshape(6, 2, 4)[:, 0]
+    assert hot.adopt(source_of(lookup), 0, lookup.keys[:, 0], np.full(6, 3), rows) == 0
+    prefetcher = Prefetcher(torch.float32, CPU, MIB, hot=hot)
+    (fetch,) = prefetcher.begin([later])
+    assert torch.equal(fetch.wait(), new.values(later.row_ids))
+    prefetcher.close()

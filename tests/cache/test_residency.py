@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from server.cache.file_pages import FilePages
 from server.cache.residency import Residency
 from server.cache.row_table import RowTable
 from server.cache.table_files import PAGE
@@ -140,3 +141,35 @@ def test_closing_ends_the_thread_and_gives_the_descriptors_back(cold: tuple[Path
         del table, residency
     assert len(os.listdir("/proc/self/fd")) <= handles
     assert threading.active_count() <= threads
+
+
+def test_pages_dropped_while_their_reader_waits_for_room_still_count(cold: tuple[Path, np.ndarray]) -> None:
+    table = RowTable.open(cold[0])
+
+    class Full:
+        def admit(self, new: int) -> None:
+            for _ in range(2):  # recent to cold, cold to dropped
+                for window in range(pages.windows):
+                    pages.sweep(window)
+
+        def room(self) -> int:
+            return 0
+
+    pages = FilePages(table.files[0], Full())
+    wanted = np.arange(10, 20)
+    pages.touch(wanted, wanted)
+    assert pages.count() == 10
+    pages.close()
+    table.close()
+
+
+def test_a_table_that_leaves_does_not_take_along_the_figures_of_its_successor(cold: tuple[Path, np.ndarray]) -> None:
+    """A pack attached again under the name of one that is still being read."""
+    old, new = RowTable.open(cold[0]), RowTable.open(cold[0])
+    residency = Residency([old], LIMIT, STEP)
+    residency.add([new], STEP)
+    residency.remove([old], STEP)
+    assert list(residency.figures()) == [new.name]
+    residency.close()
+    old.close()
+    new.close()

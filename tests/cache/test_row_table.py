@@ -306,3 +306,32 @@ def test_many_rows_split_over_threads_are_the_same_rows(tmp_path: Path, monkeypa
     for count in (9, 10, 11, 1000):
         ids = np.random.default_rng(count).integers(0, ROWS, count).tolist()
         np.testing.assert_array_equal(gather(table, ids), rows[ids])
+
+
+def test_a_table_closed_while_its_pages_are_asked_for_is_no_error(tmp_path: Path) -> None:
+    """As a pack that is removed while the pager, or the cache's admission, still reads it."""
+    path, tensor, _ = one_tensor(tmp_path)
+    table = RowTable.open(path, tensor=tensor)
+
+    class Leaving:
+        def room(self) -> int:
+            table.files[0].watch = None
+            return 100
+
+        def touch(self, first: np.ndarray, last: np.ndarray) -> None:
+            table.close()
+
+    table.files[0].watch = Leaving()
+    assert table.page_in(np.arange(3)) > 0
+    assert table.page_in(np.arange(3)) == 0
+
+
+def test_a_table_that_nobody_closed_gives_its_descriptors_back(tmp_path: Path) -> None:
+    """As those of a pack of which one table turned out not to be as its config says."""
+    path, tensor, _ = one_tensor(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    tables = [RowTable.open(path, tensor=tensor) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) > before
+    del tables
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

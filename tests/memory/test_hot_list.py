@@ -9,6 +9,7 @@ import os
 import stat
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from server.cache.prefetcher import Prefetcher
 from server.commands.hotlist import hotlist
 from server.errors import PackError
 from server.memory import warm_start
@@ -24,6 +26,7 @@ from server.memory.hot_list import HotList, hot_list_path, read_hot_list
 from server.models.source import open_source
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit
+from tests.cache.counted import CPU, MemoryTable, cache_for, hashed
 from tests.engines import engine_on, logits_of, outputs_of
 from tests.live import live_server
 from tests.memory.stems import save_stem
@@ -281,3 +284,16 @@ def test_a_server_that_is_told_to_stop_saves_its_list(
             with urllib.request.urlopen(request, timeout=30) as answer:
                 assert answer.status == 200
     assert [stat.S_IMODE(path.stat().st_mode) for path in (cache_home / "engram-server" / "hot").iterdir()] == [0o600]
+
+
+def test_the_list_of_a_pack_that_left_is_not_its_successors() -> None:
+    """Another pack under its name has the place in the cache by now, and other keys."""
+    old, new = MemoryTable("a/1"), MemoryTable("a/1", seed=1)
+    prefetcher = Prefetcher(torch.float32, CPU, MIB, hot=cache_for(hashed(new, 1, np.arange(6).reshape(3, 2))))
+    packs = [SimpleNamespace(name="a", fingerprint=fingerprint, tables={1: table}) for fingerprint, table in
+             (("old", old), ("new", new))]  # fmt: skip
+    warm = warm_start.WarmStart(packs, prefetcher)  # type: ignore[arg-type]
+    assert warm._sources(packs[0]) == []  # type: ignore[arg-type]
+    assert [source.table for _, source in warm._sources(packs[1])] == [new]  # type: ignore[arg-type]
+    prefetcher.close()
+    warm.close()

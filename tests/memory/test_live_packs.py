@@ -169,3 +169,19 @@ def test_what_cannot_be_changed_is_refused_and_changes_nothing(
         bare.update("x", pack_a)
     memories = bare.engine.runner.memories
     assert memories is not None and [pack.name for pack in memories.packs] == ["a"] and not bare.changes.busy
+
+
+def test_packs_that_are_opened_at_once_share_the_staging(
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...]
+) -> None:
+    """The second is opened before the first has joined; a step has to hold the rows of both all the same."""
+    staging = 1 << 15
+    at_start = engine_on(str(tiny_llama_folder), memory=(f"a={pack_a}", f"b={pack_b}"), staging=staging)
+    live = Live(tiny_llama_folder, staging=staging)
+    for ticket, (name, pack) in enumerate((("a", pack_a), ("b", pack_b))):
+        live.changes.begin(UpdateMemory(ticket, name, str(pack)))
+    for _, opened in live.changes._opening:
+        opened.result(60)
+    assert [answer.error for answer in live.changes.settle()] == [None, None]
+    assert live.engine.scheduler.budget == at_start.scheduler.budget < len(prompt)
+    assert torch.equal(logits_of(live.engine, prompt, ("a", "b")), logits_of(at_start, prompt, ("a", "b")))

@@ -88,3 +88,16 @@ def test_the_start_up_report_says_so(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path)
     settings = settings_for(str(tmp_path), quantize="int8")
     assert "int8 for steps of up to" in dict(describe(load(settings), settings))["weights"]
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_without_a_range_are_what_they_were(bits: str, dtype: torch.dtype) -> None:
+    """Of padding tokens: all zeros, or one value throughout."""
+    weight = torch.zeros(32, 64, dtype=dtype)
+    weight[1] = 0.01
+    weight[2] = torch.linspace(-1, 1, 64)
+    linear = Linear.of(weight, None)
+    many = QuantizedLinear(linear, bits).many.weight
+    torch.testing.assert_close(many[[0, 1]], weight[[0, 1]], atol=0, rtol=0.01)
+    assert torch.isfinite(many).all()

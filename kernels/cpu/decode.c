@@ -137,16 +137,19 @@ INLINE void put_bf16(uint16_t *x, V v) {
 
 /* stream[T, H] += delta[T, H], if there is one; out = stream · rsqrt(mean(stream²) + eps) · weight */
 void NAME(add_norm)(float *stream, const REAL *delta, const float *weight, float eps, REAL *out, int64_t tokens,
-                    int64_t width) {
-    for (int64_t t = 0; t < tokens; t++, stream += width, out += width) {
+                    int64_t width, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * width > WORTH_THREADS)
+    for (int64_t t = 0; t < tokens; t++) {
+        float *x = stream + t * width;
         V sum = {};
         for (int64_t i = 0; i < width; i += LANES) {
-            V x = get_f32(stream + i);
-            if (delta) put_f32(stream + i, x += GET(delta + t * width + i));
-            sum += x * x;
+            V v = get_f32(x + i);
+            if (delta) put_f32(x + i, v += GET(delta + t * width + i));
+            sum += v * v;
         }
         const float scale = 1.0f / sqrtf(sum_of(sum) / (float)width + eps);
-        for (int64_t i = 0; i < width; i += LANES) PUT(out + i, get_f32(stream + i) * scale * get_f32(weight + i));
+        for (int64_t i = 0; i < width; i += LANES)
+            PUT(out + t * width + i, get_f32(x + i) * scale * get_f32(weight + i));
     }
 }
 

@@ -55,9 +55,10 @@ class CpuKernels:
         self.built, self.dtype = built, dtype
         library, pointer = built.library, c_void_p
         self._lanes, self._widest = library.lanes(), library.widest()
-        self._add_norm = self._function("add_norm", pointer, pointer, pointer, c_float, pointer, c_int64, c_int64)
-        self._rotate = self._function("rotate", pointer, pointer, *(c_int64,) * 4, c_int32)
-        self._gated = self._function("gated", *(pointer,) * 3, *(c_int64,) * 4, c_int32, c_int32)
+        # as they are in decode.c: addresses and counts
+        self.add_norm = self._function("add_norm", *(pointer,) * 3, c_float, pointer, c_int64, c_int64, c_int32)
+        self.rotate = self._function("rotate", pointer, pointer, *(c_int64,) * 4, c_int32)
+        self.product = self._function("gated", *(pointer,) * 3, *(c_int64,) * 4, c_int32, c_int32)
         self._attend = self._function("attend", POINTER(Shape), POINTER(Step), pointer, pointer, pointer)
 
     def _function(self, name: str, *types: Any) -> Any:
@@ -72,13 +73,14 @@ class CpuKernels:
     def norm(self, stream: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
         """stream fp32 [T, H], to which delta[T, H] is added in place if it is given → RMS norm · weight[H]: [T, H]."""
         out = torch.empty_like(stream, dtype=self.dtype)
-        self._add_norm(
+        self.add_norm(
             stream.data_ptr(),
             None if delta is None else delta.data_ptr(),
             weight.data_ptr(),
             eps,
             out.data_ptr(),
             *stream.shape,
+            torch.get_num_threads(),
         )
         return out
 
@@ -86,14 +88,14 @@ class CpuKernels:
         """heads[T, N, D] in place, rows of T may be apart: neighbouring pairs times rotation[T, 1, D / 2]."""
         tokens, count, width = heads.shape
         stride = heads.stride(0)
-        self._rotate(heads.data_ptr(), rotation.data_ptr(), tokens, stride, count, width, torch.get_num_threads())
+        self.rotate(heads.data_ptr(), rotation.data_ptr(), tokens, stride, count, width, torch.get_num_threads())
 
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """activation(gate) · up: [T, F], rows of T may be apart; `activation` is one of KINDS. `up` of any type."""
         tokens, width = gate.shape
         up = up.to(self.dtype)
         out = torch.empty(tokens, width, dtype=self.dtype)
-        self._gated(
+        self.product(
             gate.data_ptr(), up.data_ptr(), out.data_ptr(), tokens, width, gate.stride(0), up.stride(0),
             KINDS[activation], torch.get_num_threads(),
         )  # fmt: skip

@@ -1,22 +1,24 @@
 """The C kernels between a decoder's matrices: applied to a model from outside, on a CPU with a compiler.
 
-    hidden ─ FusedNorm ─ qkv ─ rotate_ ─ attention.CpuBackend ─ out ─ FusedNorm.after ─ gate·up ─ gated ─ down ─(+)
+    stream ─ +=, norm ─ qkv ─ rotate ─ attention.CpuBackend ─ out ─ +=, norm ─ gate·up ─ product ─ down ─► next norm
 
 What a step takes beyond its matrix multiplications is mostly the entering of small operators, 45 a layer; these are
-five calls instead (docs/experiments.md). The residual stream is changed in place. Without a compiler everything stays
-as it was.
+five calls instead (docs/experiments.md). The residual stream is changed in place. `Plain` is a block of the families
+without further norms; the others, and blocks whose up-projection is a memory, run their own `forward` over the same
+kernels. Without a compiler everything stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.build import NoKernels, library
-from kernels.cpu.ops import SUFFIXES, CpuKernels
+from kernels.cpu.ops import KINDS, SUFFIXES, CpuKernels
 from server.errors import SettingsError
 from server.models.attention.base import AttentionBackend
 from server.models.attention.cpu import CpuBackend
@@ -89,29 +91,76 @@ def fuse(model: Decoder, kernels: CpuKernels) -> None:
         block.rotate_ = kernels.rotate_
         block.gated = partial(kernels.gated, activation=model.config.features.activation)
         if block.head_norm is None and block.after_attention is None and block.has_up:
-            block.forward = bound(block, kernels)  # type: ignore[method-assign]
+            block.plain = Plain(block, kernels)
+    model.fused = states
 
 
-def bound(block: Block, kernels: CpuKernels) -> Callable[..., Tensor]:
-    """`block.forward` for the families without further norms, its parts looked up once.
+class Plain:
+    """A block without further norms, its parts looked up once: stream[T, H], delta[T, H] → the next delta.
 
-    With one token a layer's weights take half a millisecond to arrive, and each lookup of a module and each call
-    through `nn.Module.__call__` runs on processor caches which they have just swept.
+    With one token a layer's weights take half a millisecond to arrive and sweep the processor's caches, so that a
+    tensor made or a module entered between two matrices costs about ten times what it does in a loop. So the kernels
+    are given addresses, and a step's intermediate values one place.
     """
-    first, second, eps = block.attention_norm.weight, block.mlp_norm.weight, block.mlp_norm.epsilon
-    qkv, out, gate_up, down = block.qkv, block.out, block.gate_up, block.down
-    size, heads, layer, gated, general = block.qk_size, block.qk_heads, block.layer, block.gated, block.forward
 
-    def forward(
-        hidden: Tensor, rotation: Tensor | None, attention: AttentionBackend, memory: MemoryStep | None = None
+    def __init__(self, block: Block, kernels: CpuKernels) -> None:
+        self.layer, self.epsilon = block.layer, block.mlp_norm.epsilon
+        self.qkv, self.out, self.gate_up, self.down = block.qkv, block.out, block.gate_up, block.down
+        self.norms = block.attention_norm.weight, block.mlp_norm.weight  # held for their addresses
+        self.first, self.second = (weight.data_ptr() for weight in self.norms)
+        self.heads, self.head_dim = block.qk_heads
+        self.kind = KINDS[block.activation_name]
+        self.add_norm, self.rotate, self.product = kernels.add_norm, kernels.rotate, kernels.product
+
+    def delta(
+        self, stream: Tensor, delta: Tensor | None, rotation: Tensor | None, attention: AttentionBackend, room: Room
     ) -> Tensor:
-        if memory is not None:
-            return general(hidden, rotation, attention, memory)
-        states = qkv.forward(kernels.norm(hidden, first, eps))
+        """stream[T, H] takes `delta`, if there is one, and attention's output in; returns what is to be added next."""
+        at, (tokens, hidden), threads = stream.data_ptr(), stream.shape, room.threads
+        added = None if delta is None else delta.data_ptr()
+        self.add_norm(at, added, self.first, self.epsilon, room.normed_at, tokens, hidden, threads)
+        qkv = self.qkv.forward(room.normed)
         if rotation is not None:
-            kernels.rotate_(states[:, :size].view(-1, *heads), rotation)
-        attended = out.forward(attention.forward(states, layer))
-        gate, up = gate_up.forward(kernels.norm(hidden, second, eps, attended)).chunk(2, dim=-1)
-        return hidden.add_(down.forward(gated(gate, up)))
+            turn, width = rotation.data_ptr(), qkv.shape[1]
+            self.rotate(qkv.data_ptr(), turn, tokens, width, self.heads, self.head_dim, threads)
+        attended = self.out.forward(attention.forward(qkv, self.layer))
+        added = attended.data_ptr()
+        self.add_norm(at, added, self.second, self.epsilon, room.normed_at, tokens, hidden, threads)
+        gate_up = self.gate_up.forward(room.normed)
+        gate, inner = gate_up.data_ptr(), room.inner
+        up = gate + inner * gate_up.element_size()
+        self.product(gate, up, room.product_at, tokens, inner, 2 * inner, 2 * inner, self.kind, threads)
+        return self.down.forward(room.product)
 
-    return forward
+
+class Room:
+    """Where a step's intermediate values stand, one layer's after the other's: normed[T, H] and product[T, F]."""
+
+    def __init__(self, tokens: int, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.inner, self.threads = config.intermediate_size, torch.get_num_threads()
+        self.normed = torch.empty(tokens, config.hidden_size, dtype=dtype)
+        self.product = torch.empty(tokens, self.inner, dtype=dtype)
+        self.normed_at, self.product_at = self.normed.data_ptr(), self.product.data_ptr()
+
+
+def states(
+    model: Decoder, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, memory: MemoryStep | None
+) -> Tensor:
+    """`Decoder.states`: the same sums in the same order, an addition made by the norm that reads it."""
+    stream, delta = model.embedded(token_ids), None
+    rotations = model.rotations(positions)
+    room = Room(len(token_ids), model.config, model.dtype)
+    for layer, block in enumerate(cast("Iterable[Block]", model.blocks)):
+        adds = memory is not None and layer in memory.layers
+        replaced = memory if memory is not None and layer in memory.up_layers else None
+        plain = None if replaced is not None else block.plain
+        if delta is not None and (adds or plain is None):
+            stream, delta = stream.add_(delta), None
+        if memory is not None and adds:
+            stream = memory.add(layer, stream)
+        if plain is None:
+            stream = block.forward(stream, rotations[layer], attention, replaced)
+        else:
+            delta = plain.delta(stream, delta, rotations[layer], attention, room)
+    normed: Tensor = model.norm(stream if delta is None else stream.add_(delta))
+    return normed

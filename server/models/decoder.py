@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.batch import Batch
-from server.models import fused
 from server.models.attention.base import AttentionBackend
 from server.models.config import ModelConfig
 from server.models.layers import Linear, RMSNorm, Rotary, interleave
+
+if TYPE_CHECKING:
+    from server.models.c_kernels import Plain
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -51,6 +53,21 @@ class MemoryStep(Protocol):
         """[T, F] in place of the layer's up-projection; `dense` is what that gives, where the layer has one."""
 
 
+class States(Protocol):
+    """`Decoder.states` computed another way."""
+
+    def __call__(
+        self,
+        model: Decoder,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        memory: MemoryStep | None,
+        /,
+    ) -> Tensor:
+        """token_ids[T] at positions[T] → the last hidden states [T, H], normed."""
+
+
 class Block(nn.Module):
     """One layer. With `has_up` False its feed-forward block has a gate only, and memory gives the other factor."""
 
@@ -74,6 +91,7 @@ class Block(nn.Module):
         self.gated: Callable[[Tensor, Tensor], Tensor] = partial(gated, self.activation)
         self.rotate_: Callable[[Tensor, Tensor], None] = Rotary.rotate_
         self.down = Linear(inner, hidden, bias=features.mlp_bias, dtype=dtype)
+        self.plain: Plain | None = None  # how C kernels compute the block, where it has no further norms
         self.after_attention = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
         self.after_mlp = RMSNorm(hidden, eps, torch.float32) if features.norms_after else None
 
@@ -137,11 +155,11 @@ def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> T
 
 
 class Decoder(nn.Module):
-    """`without_up`: the layers whose up-projection memory replaces, and which have none. `fused`: compute over fused
-    kernels, a choice made from outside.
+    """`without_up`: the layers whose up-projection memory replaces, and which have none. `fused`: how fused kernels
+    compute the states, a choice made from outside.
     """
 
-    fused = False
+    fused: States | None = None
 
     def __init__(
         self, config: ModelConfig, max_len: int, dtype: torch.dtype, without_up: frozenset[int] = frozenset()
@@ -170,8 +188,8 @@ class Decoder(nn.Module):
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, memory: MemoryStep | None = None
     ) -> Tensor:
         """The same for token_ids[T] at positions[T], once `attention` has its plan."""
-        if self.fused:
-            return fused.states(self, token_ids, positions, attention, memory)
+        if self.fused is not None:
+            return self.fused(self, token_ids, positions, attention, memory)
         hidden, rotations = self.embedded(token_ids), self.rotations(positions)
         for layer, block in enumerate(self.blocks):
             if memory is not None and layer in memory.layers:

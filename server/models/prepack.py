@@ -23,9 +23,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, TYPICAL_BATCH)
         self.bias = linear.bias
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y: Tensor = self.multiply(x, self.packed, self.bias, "none", [], "")
         return y
 
 

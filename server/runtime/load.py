@@ -23,6 +23,7 @@ from server.memory.identity import content_key
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.metrics import MEMORY_FETCH, buckets_from
+from server.models import fused
 from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache
 from server.models.c_kernels import attention_over, choose_kernels, fuse
@@ -186,7 +187,7 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
     kernels, kernels_note = None, ""
     if path is not None:
         attention = path.choose_attention(source.config, cache)
-        model.fused = path.paged
+        model.fused = fused.states if path.paged else None
     else:
         kernels, kernels_note = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
         if kernels is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from server.errors import CapacityError
+from server.models import fused
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
@@ -24,7 +25,7 @@ TIE = {torch.float32: 1e-2, torch.bfloat16: 0.3}  # TF32 and bf16 sums in anothe
 
 
 def decode_steps(model: Decoder, *, graphs: bool, buckets: tuple[int, ...] = (1, 2, 5)) -> DecodeSteps:
-    model.fused = True
+    model.fused = fused.states
     cache = KVCache(model.config, MOST * PAGES + 2, BLOCK_SIZE, model.dtype, CUDA)
     steps = DecodeSteps(
         model,
@@ -79,7 +80,7 @@ def test_a_replayed_graph_gives_the_tokens_of_the_eager_step(kind: str, count: i
 def test_tokens_are_those_of_the_whole_context_by_torchs_operators(kind: str, dtype: torch.dtype) -> None:
     model = random_decoder(kind, dtype, CUDA)
     answers = np.array(run(decode_steps(model, graphs=True), 3, 40)).T.tolist()
-    model.fused = False
+    model.fused = None
     for first, answer in enumerate(answers, start=3):
         logits = logits_of(model, SdpaBackend, [first, *answer[:-1]])
         given = logits.gather(1, torch.tensor(answer, device=CUDA)[:, None])[:, 0]
@@ -139,7 +140,7 @@ def test_a_failed_capture_leaves_steps_that_compute(monkeypatch: pytest.MonkeyPa
     attention = path.choose_attention(
         model.config, KVCache(model.config, MOST * PAGES + 2, BLOCK_SIZE, model.dtype, CUDA)
     )
-    model.fused = path.paged
+    model.fused = fused.states if path.paged else None
     monkeypatch.setattr(DecodeSteps, "_compute", syncing)
     sizes = dict(max_num_seqs=MOST, max_len=MAX_LEN, block_size=BLOCK_SIZE, window=1)
     steps = path.build(model, attention, None, **sizes, graphs=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from server.models import fused
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.sdpa import SdpaBackend
 from server.runtime.blocks import BlockPool
@@ -31,7 +32,7 @@ def engine_on(kind: str, *, graphs: bool) -> Engine:
         return Engine(Runner(model, SdpaBackend(model.config, cache), None, **SIZES, device=CUDA), pool, **limits)
     path = DevicePath(BLOCKS)
     attention = path.choose_attention(model.config, cache)
-    model.fused = path.paged
+    model.fused = fused.states if path.paged else None
     steps = path.build(model, attention, None, **SIZES, window=1, graphs=True)
     assert steps is not None and steps.captured and not path.notes
     return OverlappedEngine(DeviceRunner(steps, model, attention, None, **SIZES, device=CUDA), pool, **limits)

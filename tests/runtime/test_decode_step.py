@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from server.models import fused
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
-from server.models.decoder import Decoder
+from server.models.decoder import Decoder, States
 from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room
 from server.view import BARE
 from tests.decoders import BLOCK_SIZE, chosen, random_decoder
@@ -69,13 +70,15 @@ def run(steps: DecodeSteps, count: int, read_late: bool) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("states", [None, fused.states], ids=["operators", "fused"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-def test_the_tokens_are_those_of_the_whole_context_computed_at_once(kind: str, fused: bool, kernels_by: str) -> None:
+def test_the_tokens_are_those_of_the_whole_context_computed_at_once(
+    kind: str, states: States | None, kernels_by: str
+) -> None:
     model = random_decoder(kind)
     count = 12 if kernels_by == "references" else 3
     expected = [chosen(model, SdpaBackend, prompt, count) for prompt in PROMPTS]
-    model.fused = fused
+    model.fused = states
     for read_late in (False, True):
         assert run(decode_steps(model), count, read_late) == expected
 

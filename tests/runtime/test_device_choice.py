@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from server.errors import CapacityError
+from server.models import fused
 from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
@@ -86,7 +87,7 @@ def test_on_a_cpu_nothing_is_said_and_nothing_changes(tiny: str) -> None:
     settings = settings_for(tiny)
     loaded = load(settings)
     assert type(build_engine(settings, loaded)) is Engine and isinstance(loaded.attention, SdpaBackend)
-    assert not loaded.model.fused and not {"attention", "decode", "fallback"} & {
+    assert loaded.model.fused is not fused.states and not {"attention", "decode", "fallback"} & {
         n for n, _ in describe(loaded, settings)
     }
 
@@ -95,7 +96,8 @@ def test_a_kernel_that_fails_leaves_torchs_operators(tiny: str, monkeypatch: pyt
     expected = drive(started(tiny)[0], [(5, 9, 11)], max_tokens=8)
     monkeypatch.setattr("kernels.rotary.reference", lambda *arguments: 1 / 0)
     engine, loaded, lines = started(tiny)
-    assert type(engine) is Engine and isinstance(loaded.attention, SdpaBackend) and not loaded.model.fused
+    assert type(engine) is Engine and isinstance(loaded.attention, SdpaBackend)
+    assert loaded.model.fused is not fused.states
     (note,) = lines["fallback"]
     assert note == "torch's operators in place of our kernels: a kernel failed: ZeroDivisionError: division by zero"
     assert lines["attention"] == ["torch's scaled_dot_product_attention"] and "decode" not in lines

@@ -25,6 +25,7 @@ from server.memory.attached import AttachedPack
 from server.memory.engram import Engram
 from server.memory.pack import PackConfig, StemConfig, engram_shape
 from server.memory.stem import StemPack
+from server.models import fused
 from server.models.config import ModelConfig
 from server.models.decoder import Block, Decoder
 
@@ -98,7 +99,7 @@ def backbone(config: ModelConfig, max_len: int, device: torch.device) -> Decoder
     with torch.device(device):
         model = Decoder(config, max_len, dtype_of(config, device)).eval()
     randomise(model)
-    model.fused = True
+    model.fused = fused.states
     return model.requires_grad_(False)
 
 

@@ -75,7 +75,10 @@ class WarmStart:
         self._ends.set()
         self._thread.join()
         if self.loaded.is_set() and not ended:
-            self.hot.learn()  # what the last steps asked for
+            try:
+                self.hot.learn()  # what the last steps asked for
+            except Exception:
+                logger.exception("hot rows of the last steps are not in the hot list")
             self.save()
 
     def save(self) -> None:

@@ -93,6 +93,7 @@ class MemoryChanges:
                 self._leaving.remove(pack)
                 self._engine.runner.wait()  # for a step whose last sequence that reads the pack was aborted
                 self._memories.remove(pack)
+                self._widen_budget()
                 logger.info("memory %s is closed", pack.name)
         return answers
 
@@ -153,6 +154,12 @@ class MemoryChanges:
     def _budget(self, packs: Iterable[AttachedPack | StemPack]) -> int:
         lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
         return max_tokens(self._settings.staging, lookups, self._loaded.dtype)
+
+    def _widen_budget(self) -> None:
+        """Gives back the tokens of a step that only the rows of a pack which has left stood in the way of."""
+        most, packs = self._settings.max_num_batched_tokens, self._memories.packs
+        scheduler = self._engine.scheduler
+        scheduler.budget = max(scheduler.budget, min(most, self._budget(packs)) if packs else most)
 
     def _allocate(self, pack: AttachedPack) -> None:
         """The pack's convolution inputs, one per token slot of the KV cache, which stands as it is."""

@@ -215,6 +215,7 @@ def engine_main(settings: Settings, pipe: Connection) -> None:
         changes = MemoryChanges(engine, settings, loaded)
         EngineLoop(engine, pipe, changes).run()
         changes.close()
-        if loaded.memories is not None:
-            loaded.memories.close()
+        memories = engine.runner.memories  # made with the first pack, at start or live
+        if memories is not None:
+            memories.close()
     pipe.close()

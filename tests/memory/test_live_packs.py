@@ -172,7 +172,7 @@ def test_what_cannot_be_changed_is_refused_and_changes_nothing(
 
 
 def test_packs_that_are_opened_at_once_share_the_staging(
-    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...]
+    bare: Live, tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...]
 ) -> None:
     """The second is opened before the first has joined; a step has to hold the rows of both all the same."""
     staging = 1 << 15
@@ -185,3 +185,10 @@ def test_packs_that_are_opened_at_once_share_the_staging(
     assert [answer.error for answer in live.changes.settle()] == [None, None]
     assert live.engine.scheduler.budget == at_start.scheduler.budget < len(prompt)
     assert torch.equal(logits_of(live.engine, prompt, ("a", "b")), logits_of(at_start, prompt, ("a", "b")))
+    before = live.engine.scheduler.budget
+    live.update("b")
+    live.changes.settle()
+    assert before < live.engine.scheduler.budget < len(prompt)
+    live.update("a")
+    live.changes.settle()
+    assert live.engine.scheduler.budget == bare.engine.scheduler.budget

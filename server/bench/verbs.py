@@ -161,6 +161,21 @@ def quantized(
     run(model=model, turns=turns, json=json)
 
 
+@bench.command("facts")
+def bench_facts(
+    model: ModelOption = DEFAULT_MODEL,
+    memory: Annotated[Path | None, typer.Option(help="a taught pack; default: the shipped one")] = None,
+    facts: Annotated[int, typer.Option(min=1, help="facts to teach")] = 50,
+    each: Annotated[int, typer.Option(min=1, help="facts between two quiet windows")] = 5,
+    seconds: Annotated[float, typer.Option(min=1, help="of each quiet window")] = 8.0,
+    json: JsonFile = None,
+) -> None:
+    """Facts taught over HTTP while 8 streams decode: what the streams keep, how long each takes, if it is known."""
+    from server.bench.facts import run
+
+    run(model=model, memory=memory, facts=facts, each=each, seconds=seconds, json=json)
+
+
 @bench.command()
 def peers(
     model: ModelOption = DEFAULT_MODEL,

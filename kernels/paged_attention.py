@@ -221,7 +221,9 @@ def decode_kernel(
     safe = tl.where(total_weight > 0, total_weight, 1.0)
     splits = tl.num_programs(2)
     row = (sequence * KV_HEADS * GROUP + head * GROUP + member) * splits + split
-    tl.store(partial + row[:, None] * D + column[None, :], total / safe[:, None], mask=real)
+    # what a split beyond the context would give is neither written nor read: with a long table that is most of them
+    given = real & (total_weight > 0)[:, None]
+    tl.store(partial + row[:, None] * D + column[None, :], total / safe[:, None], mask=given)
     joined = tl.where(total_weight > 0, peak + tl.log(safe), float("-inf"))
     tl.store(lse + row, joined, mask=member < GROUP)
 
@@ -237,7 +239,7 @@ def join_kernel(
     each = tl.load(lse + row * splits + split, mask=there, other=float("-inf"))
     weight = tl.exp(each - tl.max(each, 0))
     at = partial + (row * splits + split)[:, None] * D + column[None, :]
-    parts = tl.load(at, mask=there[:, None] & width[None, :], other=0.0)
+    parts = tl.load(at, mask=(each > float("-inf"))[:, None] & width[None, :], other=0.0)
     total = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out + row * D + column, total.to(out.dtype.element_ty), mask=width)
 

@@ -173,12 +173,14 @@ def mixed_set(owner, key, sets):
 
 @jit
 def e4m3(code):
-    """fp32 of e4m3 bytes given as int32: exact, NaN included."""
+    """fp32 of e4m3 bytes given as int32: exact, NaN and -0 included. The sign is set, not subtracted: to Triton 3.6 a
+    minus is a difference from +0.
+    """
     size = code & 0x7F
     normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
     value = tl.where(size == 0x7F, float("nan"), value)
-    return tl.where(code > 127, -value, value)
+    return (value.to(tl.int32, bitcast=True) ^ ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @jit

@@ -15,8 +15,9 @@ nothing of sequences, requests or scheduling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +138,13 @@ class DecodeSteps:
         self._turns = [Turn(self.most, pinned=device.type == "cuda") for _ in range(2)]
         self._batches = {bucket: self._batch(bucket, block_size) for bucket in self.buckets}
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Computes the largest step once, of dummies alone, memory included. Raises what its kernels raise."""
+        self._compute(self._batches[self.most])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Warms up and captures every bucket, the largest first, over one shared memory pool.
 
@@ -147,9 +155,10 @@ class DecodeSteps:
             return
         begun, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
         bucket, stream = self.most, torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
         try:
             for done, bucket in enumerate(reversed(self.buckets), 1):
-                self._capture(bucket, stream)
+                self._capture(bucket, stream, pool)
                 if progress is not None:
                     progress(done, len(self.buckets))
         except Exception as error:
@@ -167,7 +176,7 @@ class DecodeSteps:
         torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _capture(self, bucket: int, stream: torch.cuda.Stream) -> None:
+    def _capture(self, bucket: int, stream: torch.cuda.Stream, pool: Any) -> None:
         """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream, which
         all buckets share: cuBLAS keeps a workspace per stream.
         """
@@ -178,8 +187,10 @@ class DecodeSteps:
                 self._compute(batch)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.captured.values())).pool() if self.captured else None
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            undone_if_it_fails(pool, self.device),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._compute(batch)
         self.captured[bucket] = graph
 
@@ -267,6 +278,23 @@ class DecodeSteps:
     def write_blocks(self, rows: Ints, blocks: Ints) -> None:
         """blocks[M, N], padded with block 0, into rows[M] of the block table: of sequences that did not decode here."""
         self.blocks.index_copy_(0, torch.from_numpy(rows).to(self.device), torch.from_numpy(blocks).to(self.device))
+
+
+@contextmanager
+def undone_if_it_fails(pool: Any, device: torch.device) -> Iterator[None]:
+    """Around a capture into `pool`. Where its own end fails too, torch leaves the capturing stream the current one and
+    its allocator capturing: no cached memory would be given back any more, and the pool's own never.
+    """
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):  # of a capture that did end: its graph gives the pool back
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        raise
 
 
 def ran_out(error: BaseException | None) -> bool:

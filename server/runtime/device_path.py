@@ -1,8 +1,9 @@
 """The device path: decode steps that stay on a GPU, and what serves in their place where it cannot be taken.
 
-    GPU new enough, Triton, kernels that run and agree with torch's ─► paged attention, fused kernels, DecodeSteps
-                                                       room to capture ─► CUDA graphs
-    otherwise                                                          ─► torch's operators, eagerly, one line says why
+    GPU new enough, Triton, kernels that run and agree with torch's ─► paged attention, fused kernels
+                             a decode step that runs, memory included ─► DecodeSteps
+                                                      room to capture ─► CUDA graphs
+    otherwise                                                         ─► what does without, and one line says why
 
 Chosen once, at start; named in the start-up report.
 """
@@ -68,7 +69,7 @@ class DevicePath:
         window: int,
         graphs: bool,
     ) -> DecodeSteps | None:
-        """Decode steps, captured if `graphs`; None where there is no paged attention."""
+        """Decode steps, captured if `graphs`; None where there is no paged attention, or where one fails."""
         if not isinstance(attention, PagedBackend):
             return None
         if not model.without_up <= (memory.up_layers if memory is not None else frozenset()):
@@ -76,7 +77,7 @@ class DevicePath:
             return None
         device = attention.device
         try:
-            self.steps = DecodeSteps(
+            steps = DecodeSteps(
                 model,
                 attention,
                 memory,
@@ -95,8 +96,27 @@ class DevicePath:
                 f"--max-num-seqs {max(max_num_seqs // 2, 1)} or lower --kv-bytes"
             )
             return None
-        self._capture(self.steps)
-        return self.steps
+        if not self._warms_up(steps):
+            return None
+        self._capture(steps)
+        self.steps = steps
+        return steps
+
+    def _warms_up(self, steps: DecodeSteps) -> bool:
+        """Whether a decode step runs. A kernel of a memory that fails in every step fails here, and in no answer."""
+        try:
+            steps.warm_up()
+        except torch.cuda.OutOfMemoryError:
+            self._note(
+                f"decode steps run eagerly: one of {steps.most} sequences does not fit into what is free on "
+                f"{steps.device}; set --max-num-seqs {max(steps.most // 2, 1)} or lower --kv-bytes"
+            )
+            return False
+        except Exception as error:
+            logger.exception("a decode step on the device failed")
+            self._note(f"decode steps run eagerly, since one on the device failed: {first_line(error)}")
+            return False
+        return True
 
     def _capture(self, steps: DecodeSteps) -> None:
         """Steps that cannot be captured run as they are."""

@@ -145,6 +145,11 @@ def test_a_failed_capture_leaves_steps_that_compute(monkeypatch: pytest.MonkeyPa
     sizes = dict(max_num_seqs=MOST, max_len=MAX_LEN, block_size=BLOCK_SIZE, window=1)
     steps = path.build(model, attention, None, **sizes, graphs=True)
     assert steps is not None and not steps.captured and "capturing failed" in path.notes[0]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    held = torch.cuda.memory_reserved()
+    torch.empty(256 << 20, dtype=torch.uint8, device=CUDA)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held  # what was cached is given back, as it is not within a capture
     assert run(steps, 2, 6) == expected
 
 

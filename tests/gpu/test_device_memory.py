@@ -67,7 +67,8 @@ def expected(table: PinnedTable | DeviceTable, row_ids: torch.Tensor, dtype: tor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().float().nan_to_num(nan=12345.0)
+    """NaN compares equal to NaN, whatever its payload; -0 does not to 0."""
+    return tensor.cpu().float().nan_to_num(nan=12345.0).view(torch.int32)
 
 
 class Lookups:

@@ -49,8 +49,8 @@ def enter(tags: HotTags, table: torch.Tensor, owner: int, key: int, row_ids: tor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """NaN compares equal to NaN, whatever its payload."""
-    return tensor.nan_to_num(nan=12345.0)
+    """NaN compares equal to NaN, whatever its payload; -0 does not to 0."""
+    return tensor.nan_to_num(nan=12345.0).view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 
 IMPLEMENTATIONS = [

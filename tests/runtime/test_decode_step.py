@@ -11,7 +11,7 @@ from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder, States
-from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room
+from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room, undone_if_it_fails
 from server.view import BARE
 from tests.decoders import BLOCK_SIZE, chosen, random_decoder
 
@@ -115,6 +115,30 @@ def test_buckets_end_with_the_most_sequences_there_can_be() -> None:
     assert bucket_sizes(6) == (1, 2, 4, 6)
     assert bucket_sizes(32) == (1, 2, 4, 8, 16, 24, 32)
     assert bucket_sizes(20) == (1, 2, 4, 8, 16, 20)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["its end failed", "it ended"])
+def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    said: list[object] = []
+
+    def end(device: int, pool: object) -> None:
+        if ended:  # the graph's own end has done it, and releases the pool itself
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        said.append(("end", device, pool))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", said.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *given: said.append(("release", *given)), raising=False)
+    with undone_if_it_fails("pool", CPU):
+        pass
+    assert not said
+    with pytest.raises(ZeroDivisionError), undone_if_it_fails("pool", CPU):
+        raise ZeroDivisionError
+    assert said == ["before", *([] if ended else [("end", 1, "pool"), ("release", 1, "pool")])]
 
 
 def test_without_room_for_graphs_the_message_says_what_to_lower() -> None:

@@ -28,6 +28,7 @@ from tests.engines import drive, settings_for
 from tests.tiny import save_tiny_llama
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NO_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,25 @@ def test_steps_that_cannot_be_captured_run_as_they_are(
     (note,) = lines["fallback"]
     assert "without CUDA graphs" in note and words in note and "\n" not in note
     assert isinstance(engine, OverlappedEngine) and not engine.runner.steps.graphs
+    assert drive(engine, [(5, 9, 11)], max_tokens=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(RuntimeError("out of resource: shared memory\nmore"), "shared memory"), (NO_MEMORY, "--max-num-seqs 3")],
+)
+def test_a_decode_step_that_fails_at_start_is_left_to_the_eager_engine(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fails(self: DecodeSteps, batch: object) -> None:
+        raise error
+
+    expected = drive(started(tiny)[0], [(5, 9, 11)], max_tokens=8)
+    monkeypatch.setattr(DecodeSteps, "_compute", fails)
+    engine, loaded, lines = started(tiny, max_num_seqs=6)
+    (note,) = lines["fallback"]
+    assert note.startswith("decode steps run eagerly") and words in note and "\n" not in note
+    assert type(engine) is Engine and isinstance(loaded.attention, PagedBackend) and "decode" not in lines
     assert drive(engine, [(5, 9, 11)], max_tokens=8) == expected
 
 

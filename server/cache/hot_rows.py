@@ -235,6 +235,14 @@ class HotRows:
             for key, owners in self._owners.items():
                 self._device_owners[key] = torch.from_numpy(owners).to(self.device, copy=True)
 
+    def unmirror(self) -> None:
+        """Nothing on the device reads the tags after all: changes are made as without `mirror`."""
+        with self.turn:
+            self.mirrored = False
+            for pool in self.pools.values():
+                pool.tags = None
+            self._device_owners.clear()
+
     def on_device(self, key: SourceKey) -> tuple[HotTags, Tensor]:
         """Of a mirrored cache: the tags of the source's pool and its owners [O], rewritten in place for good."""
         tags = self.pools[self.sources[key].entry_bytes].tags
@@ -299,7 +307,7 @@ class HotRows:
                     self.generation[key] += 1
                     self._newest = max(self._newest, self.generation[key])
                     self._owners[key] = self._owners_of(key)
-                    if self.mirrored:
+                    if key in self._device_owners:  # not one that was added after `mirror`
                         self._device_owners[key].copy_(send(self._owners[key], self.device), non_blocking=True)
 
     def add(self, source: Source) -> str | None:
@@ -328,6 +336,7 @@ class HotRows:
                 self._seen.pop(key, None)
                 lines = self._lines.pop(key)
                 self._free = sorted([*self._free, *range(lines.start, lines.stop)])
+                self._device_owners.pop(key, None)
                 del self.sources[key], self._owners[key], self.generation[key]
 
     def figures(self, key: SourceKey) -> tuple[Occupancy, list[tuple[int, int]]] | None:

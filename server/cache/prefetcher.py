@@ -174,6 +174,15 @@ class Prefetcher:
                 observe(hot)
             self._learn(self._settled)
 
+    def unmirror(self) -> None:
+        """No decode step on the device came of a mirrored cache: what changes it is the fetching thread's again."""
+        hot = self._mirrored
+        if hot is not None:
+            hot.unmirror()
+            with self._lock, suppress(Empty):
+                while True:
+                    self._queue.put(self._jobs.get_nowait())
+
     def cache(self, sources: Sequence[Source]) -> None:
         """Has the rows of these sources cached from now on, if there is a cache; the log says where they cannot be."""
         hot = self.hot

@@ -133,6 +133,11 @@ class DeviceMemory:
         cuda = self.device.type == "cuda"
         self._side = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
 
+    def give_up(self) -> None:
+        """No decode step will read through it: the host serves every step, and has the cache to itself again."""
+        self.memories.direct = None
+        self.memories.prefetcher.unmirror()
+
     @property
     def up_layers(self) -> frozenset[int]:
         """The layers whose up-projection it replaces."""

@@ -82,6 +82,8 @@ def build_runner(settings: Settings, loaded: Loaded) -> Runner:
         graphs = settings.cuda_graphs == "on"
         memory = DeviceMemory(loaded.memories, settings.max_num_seqs) if path.paged and loaded.memories else None
         steps = path.build(loaded.model, loaded.attention, memory, **sizes, window=window, graphs=graphs)
+        if steps is None and memory is not None:
+            memory.give_up()
     arguments = loaded.model, loaded.attention, loaded.memories
     if steps is None:
         return Runner(*arguments, **sizes, device=loaded.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from server.cache.pinned_table import PinnedTable
+from server.cache.row_table import Table
 from server.cache.transport import transport
 from server.memory.stem import StemPack
 from server.models.prepack import can_prepack
@@ -81,6 +82,14 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
     return lines
 
 
+def looked_up(table: Table, loaded: Loaded) -> str:
+    """Who looks the table's rows up, on a GPU, and why."""
+    path = loaded.device_path
+    if path is None or path.steps is None:
+        return "staged: no decode step runs on the device"
+    return str(transport(table, loaded.device))
+
+
 def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     """Where every table went, and why; for copies, how the memory is held; beside a GPU, who looks rows up."""
     assert loaded.memories is not None
@@ -92,6 +101,6 @@ def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     for found in loaded.plan.places:
         table = tables[found.need.name]
         note = f"; {table.note}" if isinstance(table, PinnedTable) else ""
-        how = f"; {transport(table, loaded.device)}" if loaded.device.type != "cpu" else ""
+        how = f"; {looked_up(table, loaded)}" if loaded.device.type != "cpu" else ""
         lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}{how}"))
     return lines

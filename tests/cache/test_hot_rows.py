@@ -534,3 +534,14 @@ def test_a_hot_list_of_a_table_that_left_does_not_enter_for_its_successor() -> N
     (fetch,) = prefetcher.begin([later])
     assert torch.equal(fetch.wait(), new.values(later.row_ids))
     prefetcher.close()
+
+
+def test_a_table_that_came_after_mirroring_can_leave_again() -> None:
+    first, later = MemoryTable("a"), MemoryTable("b", seed=1)
+    hot = cache_for(hashed(first, 1, keys_of(6)))
+    hot.mirror()
+    source = source_of(hashed(later, 1, keys_of(6)))
+    for _ in range(3):
+        assert hot.add(source) is None
+        hot.remove(later)
+    assert [key for key in hot.sources] == [("a", 1)]

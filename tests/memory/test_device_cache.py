@@ -223,3 +223,17 @@ def test_a_hot_list_enters_between_launches(
     before = of_layer(again, 1).device_hits
     list(steps_of(again, device))
     assert of_layer(again, 1).device_hits > before
+
+
+@pytest.mark.parametrize("prefetch", ["on", "off"])
+def test_where_no_decode_step_runs_on_the_device_the_host_fills_the_cache(
+    cached: Callable[..., Memories], prefetch: str
+) -> None:
+    memories = cached(prefetch=prefetch)
+    device, ran = DeviceMemory(memories, 6), list[int]()
+    memories.prefetcher.between_fetches(lambda: ran.append(1))
+    device.give_up()
+    list(steps_of(memories, None))
+    counted = of_layer(memories, 1)
+    assert ran == [1] and counted.device_hits > 0 and counted.admissions > 0
+    check_counts(counted)

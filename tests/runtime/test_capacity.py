@@ -19,6 +19,7 @@ from server.memory.engram import Engram
 from server.memory.pack import MODULES, engram_shape, table_file
 from server.models.source import open_source
 from server.runtime.load import load, prepare, weight_bytes
+from server.runtime.process import build_engine
 from server.runtime.report import describe_places
 from tests.engines import settings_for
 
@@ -59,7 +60,11 @@ def test_beside_a_gpu_plan_and_report_say_who_looks_rows_up(tiny_llama_folder: P
     reasons = {what: why for what, _, _, why in lines(replace(prepare(settings), device=gpu), settings)}
     assert reasons["table a/1"].endswith("decode steps look rows up on the GPU")
     assert reasons["table a/3"].endswith("rows are staged: a GPU cannot read a mapped file itself")
-    told = dict(describe_places(replace(load(settings), device=gpu)))
+    loaded = load(settings, device_path=True)
+    told = dict(describe_places(replace(loaded, device=gpu)))
+    assert told["table a/1"].endswith("; staged: no decode step runs on the device")  # none is built yet
+    build_engine(settings, loaded)
+    told = dict(describe_places(replace(loaded, device=gpu)))
     assert told["table a/1"].endswith("; direct: rows lie on the device")
     assert told["table a/3"].endswith("; staged: a GPU cannot read a mapped file itself")
 

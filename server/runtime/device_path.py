@@ -11,13 +11,10 @@ Chosen once, at start; named in the start-up report.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from kernels import gated_product, language, rms_norm, rotary, sampling
-from server.batch import Batch
 from server.errors import CapacityError
 from server.models.attention.base import AttentionBackend
 from server.models.attention.kv_cache import KVCache
@@ -25,35 +22,36 @@ from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.config import ModelConfig
 from server.models.decoder import Decoder
+from server.runtime.attention_probe import TOLERANCE, attention_error, choose_paged, first_line
 from server.runtime.decode_step import DecodeSteps, DeviceMemory
-from server.view import BARE
 
 logger = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)  # bf16 in tensor cores
-TRIAL_BLOCK, TRIAL_TOKENS = 16, (1, 1, 40)  # of the kernels' trial: two decode steps and a prefill
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of values around 1, TF32 allowed for
 
 
 class DevicePath:
     """`dummy_block`: the block after those of the pool, which dummies use.
 
-    `paged`: whether our kernels are used. `notes`: what is not as it could be, and why, one line each.
+    `paged`: whether our kernels are used. `attention`: who attends, in words. `notes`: what is not as it could be, and
+    why, one line each.
     """
 
     def __init__(self, dummy_block: int) -> None:
         self.dummy_block = dummy_block
         self.paged = False
+        self.attention = "torch's scaled_dot_product_attention"
         self.notes: list[str] = []
         self.steps: DecodeSteps | None = None
 
     def choose_attention(self, config: ModelConfig, cache: KVCache) -> AttentionBackend:
-        """Paged attention, unless something speaks against our kernels."""
+        """Paged attention, unless something speaks against our kernels; ours or torch's, whichever is faster."""
         layer = cache.layers[0]
         reason = unfit(layer.device) or trial(config, layer.dtype, layer.device)
         self.paged = reason is None
-        if reason is None:
-            return PagedBackend(config, cache)
+        if self.paged:
+            attention, self.attention = choose_paged(config, cache)
+            return attention
         self._note(f"torch's operators in place of our kernels: {reason}")
         return SdpaBackend(config, cache)
 
@@ -131,7 +129,7 @@ class DevicePath:
 
     def report(self) -> list[tuple[str, str]]:
         """Lines of the start-up report."""
-        lines = [("attention", "paged, by our kernels" if self.paged else "torch's scaled_dot_product_attention")]
+        lines = [("attention", self.attention)]
         steps = self.steps
         if steps is not None:
             how = "without CUDA graphs"
@@ -175,49 +173,6 @@ def trial(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str 
     return None
 
 
-def attention_error(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference between both backends over a mixed batch and a decode batch, for every kind of window."""
-    windows = tuple(dict.fromkeys(config.features.windows))
-    few = replace(config, num_layers=len(windows), features=replace(config.features, windows=windows))
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    generator = torch.Generator().manual_seed(0)
-    batches = [trial_batch((40, 25, 40), device), trial_batch(TRIAL_TOKENS, device, before=(40, 25, 0))]
-    inputs = [torch.randn(batch.num_tokens, width, generator=generator).to(device, dtype) for batch in batches]
-    outs = []
-    for backend in (PagedBackend, SdpaBackend):
-        attention = backend(few, KVCache(few, 10, TRIAL_BLOCK, dtype, device))
-        for batch, qkv in zip(batches, inputs, strict=True):
-            attention.plan(batch)
-            outs += [attention.forward(qkv.clone(), layer).float() for layer in range(len(windows))]
-    half = len(outs) // 2
-    return max(float((a - b).abs().max()) for a, b in zip(outs[:half], outs[half:], strict=True))
-
-
-def trial_batch(tokens: tuple[int, ...], device: torch.device, before: tuple[int, ...] = ()) -> Batch:
-    """A batch of sequences over three blocks each, `before` tokens of which are known."""
-    counts, starts = np.array(tokens), np.array(before or (0,) * len(tokens))
-    positions = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
-    table = 1 + np.arange(3 * len(counts)).reshape(len(counts), 3)
-    of = np.repeat(np.arange(len(counts)), counts)
-    slots = table[of, positions // TRIAL_BLOCK] * TRIAL_BLOCK + positions % TRIAL_BLOCK
-    ids = np.zeros(len(positions), np.int64)
-    return Batch(
-        token_ids=torch.from_numpy(ids).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
-        block_table=torch.from_numpy(table).to(device),
-        host_blocks=table,
-        query_start=np.concatenate(([0], counts.cumsum())),
-        context_len=starts + counts,
-        views=(BARE,),
-        view_of=ids,
-        windows=ids[:, None],
-        blocked=np.zeros((len(ids), 1), np.bool_),
-        sample_at=torch.zeros(0, dtype=torch.int64, device=device),
-        block_size=TRIAL_BLOCK,
-    )
-
-
 def dense_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Compiles and runs the other kernels of a decode step. Raises what they raise."""
     heads, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
@@ -234,7 +189,3 @@ def dense_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     sampling.sample(logits, ones[:, 0], positions, positions)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

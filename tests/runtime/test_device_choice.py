@@ -14,8 +14,9 @@ from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.runtime import device_path
+from server.runtime.attention_probe import TOLERANCE, attention_error
 from server.runtime.decode_step import DecodeSteps, no_room
-from server.runtime.device_path import TOLERANCE, DevicePath, attention_error, trial, unfit
+from server.runtime.device_path import DevicePath, trial, unfit
 from server.runtime.engine import Engine
 from server.runtime.load import Loaded, load
 from server.runtime.messages import SamplingParams, Submit
@@ -79,7 +80,7 @@ def test_attention_that_reads_past_its_window_is_found_out() -> None:
 def test_the_report_names_attention_and_decode_steps(tiny: str) -> None:
     engine, loaded, lines = started(tiny)
     assert isinstance(engine, OverlappedEngine) and isinstance(loaded.attention, PagedBackend)
-    assert lines["attention"] == ["paged, by our kernels"]
+    assert lines["attention"] == ["paged, by our kernels (torch's varlen_attn needs CUDA)"]
     assert lines["decode"] == ["on the device, one step ahead, without CUDA graphs"]
     assert "fallback" not in lines
 

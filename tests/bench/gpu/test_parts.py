@@ -279,7 +279,7 @@ def test_transformers_computes_the_same_model() -> None:
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     from server.models.attention.kv_cache import KVCache
     from server.models.attention.paged import PagedBackend
-    from server.runtime.device_path import trial_batch
+    from server.runtime.attention_probe import trial_batch
 
     batch = trial_batch((len(ids),), CPU)
     cache = KVCache(TINY, 8, batch.block_size, torch.float32, CPU)

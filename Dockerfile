@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 #
-#   docker build --target cpu  -t engram-server:cpu  .      PyTorch for processors, about 1 GB
+#   docker build --target cpu  -t engram-server:cpu  .      PyTorch for processors, about 1.2 GB
 #   docker build --target cuda -t engram-server:cuda .      PyTorch with CUDA; the host brings the driver
 #   docker build --target load -t engram-server:load .      Locust and the load test
 #
@@ -37,6 +37,8 @@ RUN /opt/engram/bin/pip install "locust>=2.40,<3"
 # -- running ----------------------------------------------------------------------------------------------------------
 
 FROM base AS runtime
+# The C kernels are built for the processor they run on at the first start; Triton builds its launchers.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home engram && install -d -o engram -g engram /models /memory
 USER engram
 WORKDIR /home/engram
@@ -52,10 +54,6 @@ ENTRYPOINT ["engram-server"]
 CMD ["serve"]
 
 FROM runtime AS cuda
-USER root
-# Triton compiles its launchers when a kernel is first used.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-USER engram
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/engram /opt/engram
 

@@ -1,6 +1,7 @@
-/* What a decode step does between its matrix multiplications, on a CPU: norm, rotation, attention, gated activation.
+/* What a step does between its matrix multiplications, on a CPU: norm, rotation, attention, gated activation, memory.
 
        stream ─ add_norm ─ (matrix) ─ rotate ─ attend ─ (matrix) ─ add_norm ─ (matrix) ─ gated ─ (matrix) ─ add ─► stream
+       stream, rows ─ (matrix) ─ engram ─► stream
 
    Every function exists twice, name_f32 and name_bf16, by including this file into itself with REAL set. Arithmetic is
    fp32 throughout; values of the model's type are rounded once, when they are stored, to nearest even.
@@ -46,6 +47,14 @@ typedef struct {
     int64_t tokens, sequences, table_stride;
     const int64_t *slots, *table, *lengths;
 } Step;
+
+/* An Engram layer of C branches: gain and conv_gain [C, H], conv [K, C · H]. */
+typedef struct {
+    int64_t branches, width, kernel;
+    float key_eps, query_eps, conv_eps;
+    int32_t threads;
+    const float *gain, *conv_gain, *conv;
+} Engram;
 
 int32_t lanes(void) { return LANES; }
 int32_t widest(void) { return WIDEST; }
@@ -330,6 +339,53 @@ void NAME(attend)(const Shape *s, const Step *p, const REAL *qkv, REAL *cache, R
         }
     }
     free(parts);
+}
+
+/* The paper's memory layer after its projection: gate, value, short convolution.
+
+   hidden[T, C · H], wide[T, (C + 1) · H]: C keys, then the value; slots[T] of the tokens' convolution inputs, taps[K, T] of
+   what each reads; inputs[·, C · H]; out[T, C · H] = total, if there is one, + α · value + SiLU(convolution). */
+void NAME(engram)(const Engram *m, const float *hidden, const REAL *wide, int64_t tokens, const int64_t *slots,
+                  const int64_t *taps, REAL *inputs, const float *total, float *out) {
+    const int64_t H = m->width, row = m->branches * H;
+    const int several = m->threads > 1 && tokens * row > WORTH_THREADS;
+#pragma omp parallel for num_threads(m->threads) if (several)
+    for (int64_t t = 0; t < tokens; t++) {
+        const REAL *value = wide + t * (row + H) + row;
+        for (int64_t c = 0; c < m->branches; c++) {
+            const REAL *key = wide + t * (row + H) + c * H;
+            const float *query = hidden + t * row + c * H, *gain = m->gain + c * H, *conv_gain = m->conv_gain + c * H;
+            V kq = {}, kk = {}, qq = {}, vv = {};
+            for (int64_t i = 0; i < H; i += LANES) {
+                const V k = GET(key + i), q = get_f32(query + i), v = GET(value + i);
+                kq += k * get_f32(gain + i) * q, kk += k * k, qq += q * q, vv += v * v;
+            }
+            const float width = (float)H;
+            float score = sum_of(kq) / sqrtf(width) / sqrtf(sum_of(kk) / width + m->key_eps);
+            score /= sqrtf(sum_of(qq) / width + m->query_eps);
+            const float size = fabsf(score), root = sqrtf(size > 1e-6f ? size : 1e-6f);
+            const float signed_root = score > 0 ? root : score < 0 ? -root : score; /* 0 and NaN stay what they are */
+            const float alpha = 1.0f / (1.0f + expf(-signed_root));
+            const float scale = alpha / sqrtf(alpha * alpha * sum_of(vv) / width + m->conv_eps);
+            REAL *input = inputs + slots[t] * row + c * H;
+            for (int64_t i = 0; i < H; i += LANES) {
+                const V v = GET(value + i);
+                put_f32(out + t * row + c * H + i, v * alpha);
+                PUT(input + i, v * scale * get_f32(conv_gain + i));
+            }
+        }
+    }
+#pragma omp parallel for num_threads(m->threads) if (several)
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t i = 0; i < row; i += LANES) {
+            V sum = {};
+            for (int64_t k = 0; k < m->kernel; k++)
+                sum += GET(inputs + taps[k * tokens + t] * row + i) * get_f32(m->conv + k * row + i);
+            V added = get_f32(out + t * row + i) + silu(sum);
+            if (total) added += get_f32(total + t * row + i);
+            put_f32(out + t * row + i, added);
+        }
+    }
 }
 
 #undef GET

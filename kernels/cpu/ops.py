@@ -19,6 +19,7 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KINDS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 Ints = npt.NDArray[np.int64]
+ENGRAM_WEIGHTS = "gain", "conv_gain", "conv"
 
 
 class Shape(Structure):
@@ -48,6 +49,24 @@ class Step(Structure):
         self.held = (slots, table, lengths)
 
 
+class EngramLayer(Structure):
+    """What an Engram layer is made of; `Engram` in decode.c. Holds on to what it points at."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("branches", "width", "kernel")),
+        *((name, c_float) for name in ("key_eps", "query_eps", "conv_eps")),
+        ("threads", c_int32),
+        *((name, c_void_p) for name in ENGRAM_WEIGHTS),
+    )
+
+    def __init__(self, gain: Tensor, conv_gain: Tensor, conv: Tensor, *eps: float) -> None:
+        """gain[C, H], the product of the key's and the query's norms; conv_gain[C, H]; conv[C · H, K], all fp32; the
+        three norms' eps in this order."""
+        held = gain.contiguous(), conv_gain.contiguous(), conv.T.contiguous()
+        super().__init__(*gain.shape, conv.shape[1], *eps, 1, *(weight.data_ptr() for weight in held))
+        self.held = held
+
+
 class CpuKernels:
     """`dtype`: of weights and activations, one of SUFFIXES."""
 
@@ -59,6 +78,7 @@ class CpuKernels:
         self.add_norm = self._function("add_norm", *(pointer,) * 3, c_float, pointer, c_int64, c_int64, c_int32)
         self.rotate = self._function("rotate", pointer, pointer, *(c_int64,) * 4, c_int32)
         self.product = self._function("gated", *(pointer,) * 3, *(c_int64,) * 4, c_int32, c_int32)
+        self._engram = self._function("engram", POINTER(EngramLayer), pointer, pointer, c_int64, *(pointer,) * 5)
         self._attend = self._function("attend", POINTER(Shape), POINTER(Step), pointer, pointer, pointer)
 
     def _function(self, name: str, *types: Any) -> Any:
@@ -106,3 +126,33 @@ class CpuKernels:
         attention of its first B tokens to out[T, Hq · D].
         """
         self._attend(byref(shape), byref(step), qkv.data_ptr(), cache.data_ptr(), out.data_ptr())
+
+    def engram(
+        self,
+        layer: EngramLayer,
+        hidden: Tensor,
+        wide: Tensor,
+        inputs: Tensor,
+        slots: Tensor,
+        taps: Tensor,
+        total: Tensor | None,
+    ) -> Tensor:
+        """hidden fp32 [T, C · H], wide[T, (C + 1) · H]: keys, then the value → fp32 like hidden: total, if it is given,
+        + α · value + SiLU(convolution).
+
+        The convolution's inputs are written to slots[T] of inputs[·, C · H] and read from taps[K, T].
+        """
+        out = torch.empty_like(hidden)
+        layer.threads = torch.get_num_threads()
+        self._engram(
+            byref(layer),
+            hidden.data_ptr(),
+            wide.data_ptr(),
+            len(slots),
+            slots.data_ptr(),
+            taps.data_ptr(),
+            inputs.data_ptr(),
+            None if total is None else total.data_ptr(),
+            out.data_ptr(),
+        )
+        return out

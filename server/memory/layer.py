@@ -12,6 +12,7 @@ that were released differ in projections, norms, zero of the gate and convolutio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,7 @@ class MemoryLayer(nn.Module, ABC):
     """One layer's consumer of fetched rows. `forward` returns what is added to the hidden state, not the sum."""
 
     has_conv: ClassVar[bool]  # whether each token leaves a convolution input behind, which later tokens read
+    fused: Callable[[Tensor | None, Tensor, Tensor, ConvSlots, ConvRead], Tensor] | None = None  # c_engram.CEngram
 
     def __init__(self, shape: EngramShape, dtype: torch.dtype) -> None:
         super().__init__()
@@ -66,11 +68,28 @@ class MemoryLayer(nn.Module, ABC):
         `slots`, `at`: where the convolution's inputs are stored and read; None for layers without one. `dead` bool[T]:
         tokens that take part in no n-gram; None: there are none.
         """
+        if self.fused is not None and slots is not None and at is not None:
+            return self.fused(None, hidden, rows, slots, at)
         gated = self.gated(self.branches_of(hidden), rows, dead)
         if self.has_conv:
             assert slots is not None and at is not None
             gated = gated + short_conv(self.conv_input(gated), self.taps(), slots, at).view_as(gated)
         return self.joined(gated).to(hidden.dtype).view_as(hidden)
+
+    def add_to(
+        self,
+        total: Tensor,
+        hidden: Tensor,
+        rows: Tensor,
+        slots: ConvSlots | None,
+        at: ConvRead | None,
+        dead: Tensor | None = None,
+    ) -> Tensor:
+        """total[T, H] and what `forward` gives."""
+        if self.fused is not None and slots is not None and at is not None:
+            return self.fused(total, hidden, rows, slots, at)
+        added: Tensor = self(hidden, rows, slots, at, dead)
+        return total + added
 
     @abstractmethod
     def gated(self, hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:

@@ -124,7 +124,7 @@ class MemoryStep:
             conv = self.conv_reads.get(reading.pack.id)
             index = reading.seen.index
             if index is None:
-                total = total + module(hidden, rows, slots, conv, reading.dead)
+                total = module.add_to(total, hidden, rows, slots, conv, reading.dead)
             else:
                 added = module(hidden.index_select(0, index), rows, slots, conv, reading.dead)
                 total = total.index_add(0, index, added)

@@ -19,6 +19,8 @@ from server.cache.residency import Residency
 from server.cache.row_table import RowTable, Table
 from server.errors import CapacityError, PackError, SettingsError
 from server.memory.attached import AttachedPack, open_pack
+from server.memory.c_engram import CEngram
+from server.memory.engram import Engram
 from server.memory.identity import content_key
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
@@ -280,9 +282,12 @@ def open_packs(
             read="pread" if settings.read == "pread" else "mmap",
         )
         pack.content = content_key(folder)
-        if isinstance(pack, AttachedPack) and can_prepack(dtype, device):
-            for engram in pack.modules.values():
+        for engram in pack.modules.values() if isinstance(pack, AttachedPack) else ():
+            if can_prepack(dtype, device):
                 prepack(engram)
+            if type(engram) is Engram:
+                kernels, _ = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
+                engram.fused = None if kernels is None else CEngram(engram, kernels)
         packs.append(pack)
     return packs
 

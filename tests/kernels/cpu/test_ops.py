@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels.cpu.build import NoKernels, library
-from kernels.cpu.ops import CpuKernels, Shape, Step
+from kernels.cpu.ops import CpuKernels, EngramLayer, Shape, Step
 from tests.kernels.test_paged_attention import BLOCK_SIZE, attention64, paged
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8}
@@ -109,3 +109,43 @@ def test_widths_that_do_not_divide_into_vectors_are_refused(kernels: CpuKernels)
     assert kernels.serves(64, 576, 1536)
     assert not kernels.serves(20, 60)
     assert not kernels.serves(512, 576)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("tokens", "branches"), [(1, 1), (7, 1), (5, 2), (700, 1)])
+def test_a_memory_layer_is_the_papers_formulas(kernels: CpuKernels, tokens: int, branches: int, added: bool) -> None:
+    """Token t's convolution reads t - 9, t - 6, t - 3 and t; slots are given from the back, slot 0 stays zero."""
+    width, kernel, dilation, eps = 96, 4, 3, (1e-6, 1e-5, 1e-5)
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden, wide = random(tokens, branches * width) * 4, random(tokens, (branches + 1) * width).to(kernels.dtype)
+    hidden[0] = 0  # a score of exactly 0 opens the gate by half
+    gain, conv_gain, conv = random(branches, width), random(branches, width), random(branches * width, kernel)
+    total = random(tokens, branches * width)
+    slots = torch.arange(tokens, 0, -1)
+    back = torch.arange(kernel - 1, -1, -1)[:, None] * dilation
+    position = torch.arange(tokens) - back
+    taps = torch.where(position < 0, 0, slots[position.clamp_min(0)])
+    inputs = torch.zeros(tokens + 1, branches * width, dtype=kernels.dtype)
+
+    def normed(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+    wide64 = wide.double().view(tokens, branches + 1, width)
+    key, value = wide64[:, :branches], wide64[:, branches:]
+    query = hidden.double().view(tokens, branches, width)
+    score = (normed(key, eps[0]) * normed(query, eps[1]) * gain.double()).sum(-1, keepdim=True) / math.sqrt(width)
+    alpha = torch.sigmoid(score.sign() * score.abs().clamp_min(1e-6).sqrt())
+    gated = alpha * value
+    stored = (normed(gated, eps[2]) * conv_gain.double()).flatten(1)
+    layer = EngramLayer(gain, conv_gain, conv, *eps)
+    out = kernels.engram(layer, hidden, wide, inputs, slots, taps, total if added else None)
+    close(inputs[slots], stored)
+    read = inputs.double()[taps]  # what was rounded is what is read
+    mixed = torch.nn.functional.silu(torch.einsum("ktw,wk->tw", read, conv.double()))
+    expected = gated.flatten(1) + mixed + (total.double() if added else 0)
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)  # a gate near its root's steep zero
+    assert not inputs[0].any()

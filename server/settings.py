@@ -49,6 +49,11 @@ class Settings:
         "auto", "C kernels between the matrices of a step on CPU, built once by the C compiler that is there; auto: "
         "without them where there is none", "model", choices=("auto", "on", "off"),
     )  # fmt: skip
+    cpu_weights: str = setting(
+        "auto", "weights in memory on CPU: once, in oneDNN's blocks; twice, as plain rows too, which steps of up to 3 "
+        "tokens read faster, where there are C kernels; auto: twice where that takes at most a quarter of the free "
+        "memory", "model", choices=("auto", "once", "twice"),
+    )  # fmt: skip
     device: str = setting("auto", "where the backbone runs", "model", choices=("auto", "cpu", "cuda"))
     cuda_graphs: str = setting(
         "on", "replay decode steps on a GPU as captured CUDA graphs", "model", choices=("on", "off")

@@ -19,15 +19,19 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
+#define ROWS 8 /* of weights that multiply() reads at once */
 #elif defined(__AVX__)
 #define LANES 8
+#define ROWS 4
 #else
 #define LANES 4
+#define ROWS 4
 #endif
 #define WIDEST 256          /* values a head, at most */
 #define CHUNK 64            /* cached tokens scored at once */
 #define AHEAD 2             /* rows, values included, asked for before they are scored: a quarter less from cold memory */
 #define SPLIT 512           /* cached tokens that are worth a thread of their own */
+#define FEW 3               /* tokens that multiply() takes at once; with more, oneDNN's blocks are as fast */
 #define WORTH_THREADS 32768 /* values touched, from which on a second thread gains more than waking it costs */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -58,6 +62,7 @@ typedef struct {
 
 int32_t lanes(void) { return LANES; }
 int32_t widest(void) { return WIDEST; }
+int32_t few(void) { return FEW; }
 
 INLINE V choose(M mask, V yes, V no) { return (V)(((M)yes & mask) | ((M)no & ~mask)); }
 
@@ -123,6 +128,20 @@ INLINE V get_f32(const float *x) { return *(const V *)x; }
 INLINE void put_f32(float *x, V v) { *(V *)x = v; }
 INLINE V get_bf16(const uint16_t *x) { return (V)(__builtin_convertvector(*(const H *)x, U) << 16); }
 
+INLINE float get_one_f32(const float *x) { return *x; }
+INLINE float get_one_bf16(const uint16_t *x) {
+    const uint32_t bits = (uint32_t)*x << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+INLINE void put_one_f32(float *x, float v) { *x = v; }
+INLINE void put_one_bf16(uint16_t *x, float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    *x = v != v ? 0x7fc0u : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 INLINE void put_bf16(uint16_t *x, V v) {
     U bits = (U)v;
     U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -130,11 +149,39 @@ INLINE void put_bf16(uint16_t *x, V v) {
     *(H *)x = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), H);
 }
 
+/* How multiply() adds products: of so many values AT_ONCE, a sum a lane. */
+#define FACTOR float
+#define FACTORS V
+#define FACTORS_OF GET
+#define FACTORS_AT get_f32
+#define PRODUCTS(sum, a, b) ((sum) + (a) * (b))
+#define WIDEN(to, from) put_f32(to, GET(from))
+#define AT_ONCE LANES
+
 #define REAL float
 #define NAME(x) x##_f32
 #include "decode.c"
 #undef REAL
 #undef NAME
+
+#ifdef __AVX512BF16__ /* products of pairs in one instruction */
+#include <immintrin.h>
+#undef FACTOR
+#undef FACTORS
+#undef FACTORS_OF
+#undef FACTORS_AT
+#undef PRODUCTS
+#undef WIDEN
+#undef AT_ONCE
+#define FACTOR uint16_t
+#define FACTORS __m512bh
+#define FACTORS_OF(x) ((__m512bh)_mm512_loadu_si512(x))
+#define FACTORS_AT FACTORS_OF
+#define PRODUCTS(sum, a, b) ((V)_mm512_dpbf16_ps((__m512)(sum), a, b))
+#define WIDEN(to, from) memcpy(to, from, LANES * sizeof(uint16_t))
+#define AT_ONCE (2 * LANES)
+#endif
+
 #define REAL uint16_t
 #define NAME(x) x##_bf16
 #include "decode.c"
@@ -339,6 +386,53 @@ void NAME(attend)(const Shape *s, const Step *p, const REAL *qkv, REAL *cache, R
         }
     }
     free(parts);
+}
+
+/* r rows of weight[·, K] times n tokens x[n, K] to out[·, N] at those rows. n, r: constants. */
+INLINE void NAME(dots)(const FACTOR *x, const REAL *weight, const REAL *bias, REAL *out, int64_t N, int64_t K,
+                       const int n, const int r) {
+    V sum[FEW * ROWS];
+    for (int i = 0; i < n * r; i++) sum[i] = (V){};
+    for (int64_t k = 0; k < K; k += AT_ONCE) {
+        FACTORS w[ROWS];
+        for (int j = 0; j < r; j++) {
+            __builtin_prefetch(weight + (j + 8) * K + k); /* past the last rows it does nothing */
+            w[j] = FACTORS_OF(weight + j * K + k);
+        }
+        for (int t = 0; t < n; t++) {
+            const FACTORS v = FACTORS_AT(x + t * K + k);
+            for (int j = 0; j < r; j++) sum[t * r + j] = PRODUCTS(sum[t * r + j], v, w[j]);
+        }
+    }
+    for (int t = 0; t < n; t++)
+        for (int j = 0; j < r; j++)
+            NAME(put_one)(out + t * N + j, sum_of(sum[t * r + j]) + (bias ? NAME(get_one)(bias + j) : 0.0f));
+}
+
+/* Widths that multiply() knows are multiples of this. */
+int32_t NAME(at_once)(void) { return AT_ONCE; }
+
+/* out[T, N] = x[T, K] · weight[N, K]ᵀ + bias[N], if there is one, for T up to FEW: a row of weights is read once, in the
+   order in which it lies. A token's sums are the same whatever T is. */
+void NAME(multiply)(const REAL *x, const REAL *weight, const REAL *bias, REAL *out, int64_t tokens, int64_t N, int64_t K,
+                    int32_t threads) {
+    FACTOR wide[tokens * K];
+    for (int64_t i = 0; i < tokens * K; i += LANES) WIDEN(wide + i, x + i);
+    const int64_t rows = tokens <= 2 ? ROWS : ROWS / 2; /* as many as the processor has registers for */
+    const int64_t blocks = N / rows;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && N * K > WORTH_THREADS)
+    for (int64_t b = 0; b < blocks; b++) {
+        const REAL *w = weight + b * rows * K, *add = bias ? bias + b * rows : NULL;
+        REAL *to = out + b * rows;
+        switch (tokens) {
+        case 1: NAME(dots)(wide, w, add, to, N, K, 1, ROWS); break;
+        case 2: NAME(dots)(wide, w, add, to, N, K, 2, ROWS); break;
+        default: NAME(dots)(wide, w, add, to, N, K, 3, ROWS / 2);
+        }
+    }
+    for (int64_t at = blocks * rows; at < N; at++)
+        for (int64_t t = 0; t < tokens; t++)
+            NAME(dots)(wide + t * K, weight + at * K, bias ? bias + at : NULL, out + t * N + at, N, K, 1, 1);
 }
 
 /* The paper's memory layer after its projection: gate, value, short convolution.

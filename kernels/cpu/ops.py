@@ -73,11 +73,13 @@ class CpuKernels:
     def __init__(self, built: Built, dtype: torch.dtype) -> None:
         self.built, self.dtype = built, dtype
         library, pointer = built.library, c_void_p
-        self._lanes, self._widest = library.lanes(), library.widest()
+        self._lanes, self._widest, self.few = library.lanes(), library.widest(), library.few()
         # as they are in decode.c: addresses and counts
         self.add_norm = self._function("add_norm", *(pointer,) * 3, c_float, pointer, c_int64, c_int64, c_int32)
         self.rotate = self._function("rotate", pointer, pointer, *(c_int64,) * 4, c_int32)
         self.product = self._function("gated", *(pointer,) * 3, *(c_int64,) * 4, c_int32, c_int32)
+        self._at_once = getattr(library, f"at_once_{SUFFIXES[dtype]}")()
+        self._multiply = self._function("multiply", *(pointer,) * 4, *(c_int64,) * 3, c_int32)
         self._engram = self._function("engram", POINTER(EngramLayer), pointer, pointer, c_int64, *(pointer,) * 5)
         self._attend = self._function("attend", POINTER(Shape), POINTER(Step), pointer, pointer, pointer)
 
@@ -89,6 +91,20 @@ class CpuKernels:
     def serves(self, head_dim: int, *widths: int) -> bool:
         """Whether heads of this size, and rows of these, can be computed."""
         return head_dim <= self._widest and not any(width % self._lanes for width in (head_dim, *widths))
+
+    def multiplies(self, weight: Tensor) -> bool:
+        """Whether `multiply` knows weights of this shape and type."""
+        return weight.dtype == self.dtype and weight.is_contiguous() and not weight.shape[1] % self._at_once
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x[T, K] · weight[N, K]ᵀ + bias[N]: [T, N], for T up to `few`; x contiguous."""
+        tokens, (rows, width) = len(x), weight.shape
+        out = torch.empty(tokens, rows, dtype=self.dtype)
+        self._multiply(
+            x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+            tokens, rows, width, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def norm(self, stream: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
         """stream fp32 [T, H], to which delta[T, H] is added in place if it is given → RMS norm · weight[H]: [T, H]."""

@@ -14,7 +14,7 @@ import torch
 from server.cache.placement import Place, Room, TableNeed, place_tables
 from server.cache.row_table import Table
 from server.cache.staging import max_tokens
-from server.errors import CapacityError
+from server.errors import CapacityError, SettingsError
 from server.memory.attachment import Attachment
 from server.models.attention.kv_cache import kv_bytes_per_token
 from server.models.config import ModelConfig
@@ -39,9 +39,12 @@ class KVPlan:
 
 @dataclass(frozen=True, slots=True)
 class CapacityPlan:
-    """`weights`, `staging`: bytes. `token_budget`: the most tokens of a step whose rows fit --staging."""
+    """`weights`, `staging`: bytes. `twice`: whether weights are kept as plain rows too, counted in `weights`.
+    `token_budget`: the most tokens of a step whose rows fit --staging.
+    """
 
     weights: int
+    twice: bool
     kv: KVPlan
     staging: int
     token_budget: int
@@ -75,14 +78,18 @@ def plan(
     device: torch.device,
     max_len: int,
     without_up: frozenset[int],
+    kernels: bool,
 ) -> CapacityPlan:
     """The plan for a model of this shape with these packs, opened but not loaded.
 
-    Raises CapacityError for what does not fit, with the flag and the value that would; SettingsError for a name in
-    --placement that no table has.
+    `kernels`: whether C kernels compute on the CPU. Raises CapacityError for what does not fit, with the flag and the
+    value that would; SettingsError for a name in --placement that no table has, and for --cpu-weights that cannot be.
     """
     weights = planned_weight_bytes(config, dtype, device, without_up)
     free = _free_memory(device)
+    rows = plain_row_bytes(config, dtype, without_up)
+    twice = keeps_rows(settings, rows, kernels=kernels and can_prepack(dtype, device), free=free - weights)
+    weights += rows if twice else 0
     if weights > free:
         raise CapacityError(
             f"the weights take {weights} bytes and {free} are free on {device}: choose a smaller --model"
@@ -103,7 +110,7 @@ def plan(
     budget = settings.max_num_batched_tokens
     if fetched:
         budget = min(budget, max_tokens(settings.staging, fetched, dtype))
-    return CapacityPlan(weights, kv, staging, budget, places, room)
+    return CapacityPlan(weights, twice, kv, staging, budget, places, room)
 
 
 def mapped_needs(pack: Attachment, tokens: int) -> list[TableNeed]:
@@ -123,6 +130,28 @@ def planned_weight_bytes(
     if config.tie_word_embeddings and can_prepack(dtype, device):
         total += config.vocab_size * config.hidden_size * dtype.itemsize
     return total
+
+
+def plain_row_bytes(config: ModelConfig, dtype: torch.dtype, without_up: frozenset[int]) -> int:
+    """Bytes of the matrices as plain rows, those of a tied head left out: the embedding is they."""
+    return sum(
+        math.prod(shape) * dtype.itemsize
+        for name, shape in expected_shapes(config).items()
+        if len(shape) == 2
+        and "embed_tokens" not in name
+        and not any(name.startswith(f"model.layers.{layer}.mlp.up_proj.") for layer in without_up)
+    )
+
+
+def keeps_rows(settings: Settings, rows: int, *, kernels: bool, free: int) -> bool:
+    """Whether weights are kept as plain rows too, `rows` bytes of the `free`. Raises SettingsError where they are asked
+    for and nothing would read them.
+    """
+    useful = kernels and settings.quantize == "none"
+    if settings.cpu_weights == "twice" and not useful:
+        reason = f"--quantize is {settings.quantize}" if kernels else "no C kernels are here to read plain rows"
+        raise SettingsError(f"--cpu-weights is twice and {reason}; use --cpu-weights auto")
+    return useful and (settings.cpu_weights == "twice" or (settings.cpu_weights == "auto" and rows <= free // 4))
 
 
 def _free_memory(device: torch.device) -> int:

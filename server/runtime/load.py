@@ -122,10 +122,12 @@ def build_model(
     max_len: int,
     without_up: frozenset[int] = frozenset(),
     bits: str = "none",
+    rows: CpuKernels | None = None,
 ) -> Decoder:
     """The backbone with its weights, on `device`, prepacked where that helps. One tensor at a time is in flight.
 
-    `without_up`: layers whose up-projection is not wanted; `bits`: --quantize. Raises SettingsError if it cannot be.
+    `without_up`: layers whose up-projection is not wanted; `bits`: --quantize; `rows`: what multiplies plain rows,
+    where they are kept too. Raises SettingsError if it cannot be.
     """
     with torch.device(device):
         model = Decoder(source.config, max_len, dtype, without_up)
@@ -136,7 +138,7 @@ def build_model(
                 raise SettingsError(f"--quantize is {bits} and the model runs on {device}; use --device cpu")
             quantize(model, bits, head=model.head)
         if can_prepack(dtype, device):
-            prepack(model)
+            prepack(model, rows)
     return model.eval()
 
 
@@ -151,6 +153,8 @@ class Prepared:
     packs: list[AttachedPack | StemPack]
     without_up: frozenset[int]
     plan: CapacityPlan
+    kernels: CpuKernels | None
+    kernels_note: str
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -159,11 +163,21 @@ def prepare(settings: Settings) -> Prepared:
     device = choose_device(settings)
     dtype = choose_dtype(settings, source, device)
     max_len = context_limit(settings, source)
+    kernels, note = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
     packs = open_packs(settings, source, dtype, device)
     replaced = frozenset(stem_layers(packs))
     without_up = frozenset[int]() if settings.keep_up_projection else replaced
-    planned = plan(settings, source.config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
-    return Prepared(source, device, dtype, max_len, packs, without_up, planned)
+    planned = plan(
+        settings,
+        source.config,
+        packs,
+        dtype=dtype,
+        device=device,
+        max_len=max_len,
+        without_up=without_up,
+        kernels=kernels is not None,
+    )
+    return Prepared(source, device, dtype, max_len, packs, without_up, planned, kernels, note)
 
 
 def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
@@ -174,7 +188,8 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
     torch.set_num_threads(settings.threads or cpu_quota())
     prepared = prepare(settings)
     source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
-    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up, settings.quantize)
+    rows = prepared.kernels if prepared.plan.twice else None
+    model = build_model(source, dtype, device, prepared.max_len, prepared.without_up, settings.quantize, rows)
     kv = prepared.plan.kv
     path = DevicePath(kv.blocks) if (device.type == "cuda" if device_path is None else device_path) else None
     blocks = kv.blocks + (path is not None)
@@ -191,7 +206,7 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
         attention = path.choose_attention(source.config, cache)
         model.fused = fused.states if path.paged else None
     else:
-        kernels, kernels_note = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
+        kernels, kernels_note = prepared.kernels, prepared.kernels_note
         if kernels is not None:
             fuse(model, kernels)
         attention = attention_over(source.config, cache, kernels)
@@ -283,10 +298,10 @@ def open_packs(
         )
         pack.content = content_key(folder)
         for engram in pack.modules.values() if isinstance(pack, AttachedPack) else ():
+            kernels, _ = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
             if can_prepack(dtype, device):
-                prepack(engram)
+                prepack(engram, kernels if settings.cpu_weights != "once" else None)
             if type(engram) is Engram:
-                kernels, _ = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
                 engram.fused = None if kernels is None else CEngram(engram, kernels)
         packs.append(pack)
     return packs
@@ -308,7 +323,9 @@ def stem_layers(packs: Sequence[AttachedPack | StemPack]) -> dict[int, str]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights as stored, a tied embedding counted once unless its packed form is apart."""
-    seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    plain = [*model.parameters(), *(m.rows for m in linears if m.rows is not None)]
+    seen = {p.data_ptr(): p.nbytes for p in plain}
+    packed = [m.packed for m in linears]
     integers = sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
     return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed) + integers

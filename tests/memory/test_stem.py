@@ -107,8 +107,8 @@ def test_each_distinct_row_is_read_once_a_step(engine: Make, prompt: tuple[int, 
 
 
 def test_the_up_projection_is_gone_and_the_report_says_so(tiny_llama_folder: Path, stem_pack: Path) -> None:
-    bare = load(settings_for(str(tiny_llama_folder)))
-    settings = settings_for(str(tiny_llama_folder), memory=(f"s={stem_pack}",))
+    bare = load(settings_for(str(tiny_llama_folder), cpu_weights="once"))
+    settings = settings_for(str(tiny_llama_folder), memory=(f"s={stem_pack}",), cpu_weights="once")
     loaded = load(settings)
     assert weight_bytes(bare.model) - weight_bytes(loaded.model) == 2 * HIDDEN * INNER * 4
     lines = dict(describe(loaded, settings))

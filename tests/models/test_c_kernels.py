@@ -12,7 +12,8 @@ from kernels.cpu.build import COMPILERS, build
 from server.errors import SettingsError
 from server.models import c_kernels
 from server.models.attention.cpu import CpuBackend
-from server.runtime.load import load
+from server.runtime import capacity
+from server.runtime.load import load, prepare, weight_bytes
 from server.runtime.report import describe
 from tests.engines import drive, engine_on, settings_for
 from tests.tiny import save_tiny_llama
@@ -86,3 +87,30 @@ def test_heads_that_do_not_divide_into_vectors_do_without(tmp_path: Path) -> Non
     settings = settings_for(str(tmp_path))
     loaded = load(settings)
     assert "heads of 18 values do not divide" in loaded.kernels_note
+
+
+@needs_compiler
+@pytest.mark.parametrize(("cpu_weights", "twice"), [("auto", True), ("once", False), ("twice", True)])
+def test_plain_rows_are_kept_where_there_is_room(
+    cpu_weights: str, twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_llama(tmp_path)
+    settings = settings_for(str(tmp_path), cpu_weights=cpu_weights)
+    loaded = load(settings)
+    assert loaded.plan.twice is twice and loaded.plan.weights == weight_bytes(loaded.model)
+    assert ("plain rows" in dict(describe(loaded, settings))["dtype"]) is twice
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: 2 * loaded.plan.weights)
+    small = settings_for(str(tmp_path), cpu_weights=cpu_weights, kv_bytes=1 << 16, max_model_len=64)
+    assert prepare(small).plan.twice is (cpu_weights == "twice")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({"quantize": "int8"}, "--quantize is int8"), ({"cpu_kernels": "off"}, "no C kernels are here")],
+    ids=["integers", "no kernels"],
+)
+def test_plain_rows_that_nothing_would_read_stop_the_start(flags: dict[str, str], reason: str, tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    with pytest.raises(SettingsError, match=f"--cpu-weights is twice and {reason}"):
+        load(settings_for(str(tmp_path), cpu_weights="twice", **flags))

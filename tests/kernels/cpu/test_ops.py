@@ -149,3 +149,24 @@ def test_a_memory_layer_is_the_papers_formulas(kernels: CpuKernels, tokens: int,
     expected = gated.flatten(1) + mixed + (total.double() if added else 0)
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)  # a gate near its root's steep zero
     assert not inputs[0].any()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(64, 32), (97, 576), (1024, 96)])
+def test_plain_rows_times_few_tokens(kernels: CpuKernels, rows: int, width: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, width, generator=generator).div_(math.sqrt(width)).to(kernels.dtype)
+    bias = torch.randn(rows, generator=generator).to(kernels.dtype) if biased else None
+    x = torch.randn(kernels.few, width, generator=generator).to(kernels.dtype)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert kernels.multiplies(weight)
+    whole = kernels.multiply(x, weight, bias)
+    close(whole, expected)
+    for tokens in range(1, kernels.few):  # a token's answer does not depend on who is beside it
+        assert torch.equal(kernels.multiply(x[:tokens], weight, bias), whole[:tokens])
+
+
+def test_weights_that_do_not_divide_into_vectors_are_not_multiplied(kernels: CpuKernels) -> None:
+    assert not kernels.multiplies(torch.ones(8, 33, dtype=kernels.dtype))
+    assert not kernels.multiplies(torch.ones(64, 8, dtype=kernels.dtype).T)
+    assert not kernels.multiplies(torch.ones(8, 32, dtype=torch.float16))

@@ -1,4 +1,5 @@
-/* What a step does between its matrix multiplications, on a CPU: norm, rotation, attention, gated activation, memory.
+/* What a step does between its matrix multiplications, on a CPU: norm, rotation, attention, gated activation, memory;
+   and the matrix multiplications of few tokens.
 
        stream ─ add_norm ─ (matrix) ─ rotate ─ attend ─ (matrix) ─ add_norm ─ (matrix) ─ gated ─ (matrix) ─ add ─► stream
        stream, rows ─ (matrix) ─ engram ─► stream
@@ -62,7 +63,11 @@ typedef struct {
 
 int32_t lanes(void) { return LANES; }
 int32_t widest(void) { return WIDEST; }
+#ifdef _OPENMP
 int32_t few(void) { return FEW; }
+#else
+int32_t few(void) { return 0; } /* one thread would be slower than oneDNN's */
+#endif
 
 INLINE V choose(M mask, V yes, V no) { return (V)(((M)yes & mask) | ((M)no & ~mask)); }
 
@@ -416,6 +421,7 @@ int32_t NAME(at_once)(void) { return AT_ONCE; }
    order in which it lies. A token's sums are the same whatever T is. */
 void NAME(multiply)(const REAL *x, const REAL *weight, const REAL *bias, REAL *out, int64_t tokens, int64_t N, int64_t K,
                     int32_t threads) {
+    if (tokens < 1 || tokens > FEW) return;
     FACTOR wide[tokens * K];
     for (int64_t i = 0; i < tokens * K; i += LANES) WIDEN(wide + i, x + i);
     const int64_t rows = tokens <= 2 ? ROWS : ROWS / 2; /* as many as the processor has registers for */

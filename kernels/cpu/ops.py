@@ -78,7 +78,7 @@ class CpuKernels:
         self.add_norm = self._function("add_norm", *(pointer,) * 3, c_float, pointer, c_int64, c_int64, c_int32)
         self.rotate = self._function("rotate", pointer, pointer, *(c_int64,) * 4, c_int32)
         self.product = self._function("gated", *(pointer,) * 3, *(c_int64,) * 4, c_int32, c_int32)
-        self._at_once = getattr(library, f"at_once_{SUFFIXES[dtype]}")()
+        self.at_once = getattr(library, f"at_once_{SUFFIXES[dtype]}")()
         self._multiply = self._function("multiply", *(pointer,) * 4, *(c_int64,) * 3, c_int32)
         self._engram = self._function("engram", POINTER(EngramLayer), pointer, pointer, c_int64, *(pointer,) * 5)
         self._attend = self._function("attend", POINTER(Shape), POINTER(Step), pointer, pointer, pointer)
@@ -94,11 +94,11 @@ class CpuKernels:
 
     def multiplies(self, weight: Tensor) -> bool:
         """Whether `multiply` knows weights of this shape and type."""
-        return weight.dtype == self.dtype and weight.is_contiguous() and not weight.shape[1] % self._at_once
+        return weight.dtype == self.dtype and weight.is_contiguous() and not weight.shape[1] % self.at_once
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x[T, K] · weight[N, K]ᵀ + bias[N]: [T, N], for T up to `few`; x contiguous."""
-        tokens, (rows, width) = len(x), weight.shape
+        """x[T, K] · weight[N, K]ᵀ + bias[N]: [T, N], for T from 1 to `few`; x contiguous."""
+        (tokens, width), rows = x.shape, len(weight)
         out = torch.empty(tokens, rows, dtype=self.dtype)
         self._multiply(
             x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),

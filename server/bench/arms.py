@@ -25,7 +25,7 @@ from server.models.attention.kv_cache import KVCache
 from server.models.c_kernels import attention_over
 from server.models.tokenizer import Tokenizer
 from server.runtime.engine import Engine
-from server.runtime.load import Loaded, device_cache, open_packs, placed
+from server.runtime.load import Loaded, device_cache, open_packs, placed, prepack_modules
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.process import build_engine
 from server.runtime.sampler import Sampled, sample
@@ -55,6 +55,7 @@ def build_arm(loaded: Loaded, settings: Settings, tier: str, tables: Mapping[str
     cache = KVCache(loaded.source.config, loaded.kv.blocks, settings.block_size, loaded.dtype, loaded.device)
     packs = open_packs(settings, loaded.source, loaded.dtype, loaded.device)
     for pack in packs:
+        prepack_modules(pack, loaded.dtype, loaded.device, loaded.kernels, loaded.rows)
         pack.allocate_conv(loaded.kv.blocks * settings.block_size, loaded.device)
         for layer, table in pack.tables.items():
             known = (tables or {}).get(table.name)

@@ -34,7 +34,7 @@ from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache
 from server.models.c_kernels import attention_over
 from server.runtime.engine import Engine
-from server.runtime.load import Loaded, load, open_packs
+from server.runtime.load import Loaded, load, open_packs, prepack_modules
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.process import build_engine
 from server.settings import DEFAULT_MODEL, Settings
@@ -70,6 +70,7 @@ def arm(loaded: Loaded, settings: Settings, *, slow: bool = False) -> Engine:
     cache = KVCache(loaded.source.config, loaded.kv.blocks, settings.block_size, loaded.dtype, loaded.device)
     packs = open_packs(settings, loaded.source, loaded.dtype, loaded.device)
     for pack in packs:
+        prepack_modules(pack, loaded.dtype, loaded.device, loaded.kernels, loaded.rows)
         pack.allocate_conv(loaded.kv.blocks * settings.block_size, loaded.device)
         if slow:
             pack.tables = {layer: SlowTable(table) for layer, table in pack.tables.items()}

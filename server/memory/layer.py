@@ -85,8 +85,8 @@ class MemoryLayer(nn.Module, ABC):
         at: ConvRead | None,
         dead: Tensor | None = None,
     ) -> Tensor:
-        """total[T, H] and what `forward` gives."""
-        if self.fused is not None and slots is not None and at is not None:
+        """total[T, H] and what `forward` gives, for whose hooks it is called by itself."""
+        if self.fused is not None and slots is not None and at is not None and not self._forward_hooks:
             return self.fused(total, hidden, rows, slots, at)
         added: Tensor = self(hidden, rows, slots, at, dead)
         return total + added

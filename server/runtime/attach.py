@@ -36,7 +36,7 @@ from server.memory.stem import StemPack
 from server.runtime.capacity import mapped_needs
 from server.runtime.engine import Engine
 from server.runtime.host import available_memory
-from server.runtime.load import Loaded, fetch_bounds, open_packs, watch
+from server.runtime.load import Loaded, fetch_bounds, open_packs, prepack_modules, watch
 from server.runtime.messages import MemoryUpdated, UpdateMemory
 from server.runtime.names import served_models
 from server.settings import Settings
@@ -131,6 +131,7 @@ class MemoryChanges:
         settings = replace(self._settings, memory=(f"{name}={path}",))
         with quick_switches():
             pack = open_packs(settings, loaded.source, loaded.dtype, loaded.device)[0]
+            prepack_modules(pack, loaded.dtype, loaded.device, loaded.kernels, loaded.rows)
         try:
             if isinstance(pack, StemPack):
                 raise Conflict(f"{name!r} is a STEM pack, which is attached when the server starts: --memory")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from kernels.cpu.ops import CpuKernels
 from server.cache.placement import Place, Room, TableNeed, place_tables
 from server.cache.row_table import Table
 from server.cache.staging import max_tokens
@@ -78,18 +80,46 @@ def plan(
     device: torch.device,
     max_len: int,
     without_up: frozenset[int],
-    kernels: bool,
+    kernels: CpuKernels | None,
 ) -> CapacityPlan:
     """The plan for a model of this shape with these packs, opened but not loaded.
 
-    `kernels`: whether C kernels compute on the CPU. Raises CapacityError for what does not fit, with the flag and the
-    value that would; SettingsError for a name in --placement that no table has, and for --cpu-weights that cannot be.
+    `kernels`: what computes on the CPU between the matrices. Raises CapacityError for what does not fit, with the flag
+    and the value that would; SettingsError for a name in --placement that no table has, and for --cpu-weights that
+    cannot be.
     """
+    twice = keeps_rows(settings, kernels if can_prepack(dtype, device) else None)
+    sizes = partial(_plan, settings, config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
+    if kernels is None or not twice:
+        return sizes(rows=0)
+    rows = plain_row_bytes(config, dtype, without_up, kernels.at_once)
+    asked = settings.cpu_weights == "twice"
     weights = planned_weight_bytes(config, dtype, device, without_up)
+    if not asked and rows > (_free_memory(device) - weights) // 4:
+        return sizes(rows=0)
+    try:
+        return sizes(rows=rows)
+    except CapacityError as error:
+        once = sizes(rows=0)
+        if asked:
+            raise CapacityError(f"{error.message}; or set --cpu-weights once, with which it fits") from error
+        return once
+
+
+def _plan(
+    settings: Settings,
+    config: ModelConfig,
+    packs: Sequence[Attachment],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    without_up: frozenset[int],
+    rows: int,
+) -> CapacityPlan:
+    """With `rows` bytes of plain rows beside the weights."""
+    weights = planned_weight_bytes(config, dtype, device, without_up) + rows
     free = _free_memory(device)
-    rows = plain_row_bytes(config, dtype, without_up)
-    twice = keeps_rows(settings, rows, kernels=kernels and can_prepack(dtype, device), free=free - weights)
-    weights += rows if twice else 0
     if weights > free:
         raise CapacityError(
             f"the weights take {weights} bytes and {free} are free on {device}: choose a smaller --model"
@@ -110,7 +140,7 @@ def plan(
     budget = settings.max_num_batched_tokens
     if fetched:
         budget = min(budget, max_tokens(settings.staging, fetched, dtype))
-    return CapacityPlan(weights, twice, kv, staging, budget, places, room)
+    return CapacityPlan(weights, rows > 0, kv, staging, budget, places, room)
 
 
 def mapped_needs(pack: Attachment, tokens: int) -> list[TableNeed]:
@@ -132,26 +162,28 @@ def planned_weight_bytes(
     return total
 
 
-def plain_row_bytes(config: ModelConfig, dtype: torch.dtype, without_up: frozenset[int]) -> int:
-    """Bytes of the matrices as plain rows, those of a tied head left out: the embedding is they."""
+def plain_row_bytes(config: ModelConfig, dtype: torch.dtype, without_up: frozenset[int], at_once: int) -> int:
+    """Bytes of the matrices as plain rows, whose width `at_once` divides; not of a tied head: the embedding is they."""
     return sum(
         math.prod(shape) * dtype.itemsize
         for name, shape in expected_shapes(config).items()
         if len(shape) == 2
+        and not shape[1] % at_once
         and "embed_tokens" not in name
         and not any(name.startswith(f"model.layers.{layer}.mlp.up_proj.") for layer in without_up)
     )
 
 
-def keeps_rows(settings: Settings, rows: int, *, kernels: bool, free: int) -> bool:
-    """Whether weights are kept as plain rows too, `rows` bytes of the `free`. Raises SettingsError where they are asked
-    for and nothing would read them.
-    """
-    useful = kernels and settings.quantize == "none"
-    if settings.cpu_weights == "twice" and not useful:
-        reason = f"--quantize is {settings.quantize}" if kernels else "no C kernels are here to read plain rows"
+def keeps_rows(settings: Settings, kernels: CpuKernels | None) -> bool:
+    """Whether weights may be kept as plain rows too. Raises SettingsError where they are asked for and of no use."""
+    reason = ""
+    if settings.quantize != "none":
+        reason = f"--quantize is {settings.quantize}"
+    elif kernels is None or not kernels.few:
+        reason = "no C kernels with oneDNN's blocks beside them are here to read plain rows"
+    if reason and settings.cpu_weights == "twice":
         raise SettingsError(f"--cpu-weights is twice and {reason}; use --cpu-weights auto")
-    return useful and (settings.cpu_weights == "twice" or (settings.cpu_weights == "auto" and rows <= free // 4))
+    return not reason and settings.cpu_weights != "once"
 
 
 def _free_memory(device: torch.device) -> int:

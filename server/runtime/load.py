@@ -59,6 +59,11 @@ class Loaded:
     device_path: DevicePath | None = None  # where decode steps may stay on the device
 
     @property
+    def rows(self) -> CpuKernels | None:
+        """What multiplies weights as plain rows, where they are kept so."""
+        return self.kernels if self.plan.twice else None
+
+    @property
     def slots(self) -> int:
         """Tokens that the KV cache has room for, padding and dummies included."""
         return self.attention.num_slots
@@ -175,7 +180,7 @@ def prepare(settings: Settings) -> Prepared:
         device=device,
         max_len=max_len,
         without_up=without_up,
-        kernels=kernels is not None,
+        kernels=kernels,
     )
     return Prepared(source, device, dtype, max_len, packs, without_up, planned, kernels, note)
 
@@ -188,10 +193,14 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
     torch.set_num_threads(settings.threads or cpu_quota())
     prepared = prepare(settings)
     source, device, dtype, packs = prepared.source, prepared.device, prepared.dtype, prepared.packs
-    rows = prepared.kernels if prepared.plan.twice else None
+    on_device = device.type == "cuda" if device_path is None else device_path
+    kernels, note = (None, "") if on_device else (prepared.kernels, prepared.kernels_note)
+    rows = kernels if prepared.plan.twice else None
+    for pack in packs:
+        prepack_modules(pack, dtype, device, kernels, rows)
     model = build_model(source, dtype, device, prepared.max_len, prepared.without_up, settings.quantize, rows)
     kv = prepared.plan.kv
-    path = DevicePath(kv.blocks) if (device.type == "cuda" if device_path is None else device_path) else None
+    path = DevicePath(kv.blocks) if on_device else None
     blocks = kv.blocks + (path is not None)
     try:
         cache = KVCache(source.config, blocks, settings.block_size, dtype, device)
@@ -201,12 +210,10 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
         raise CapacityError(
             f"no room for {kv.blocks * kv.block_bytes} bytes of KV cache; set --kv-bytes lower"
         ) from error
-    kernels, kernels_note = None, ""
     if path is not None:
         attention = path.choose_attention(source.config, cache)
         model.fused = fused.states if path.paged else None
     else:
-        kernels, kernels_note = prepared.kernels, prepared.kernels_note
         if kernels is not None:
             fuse(model, kernels)
         attention = attention_over(source.config, cache, kernels)
@@ -217,7 +224,7 @@ def load(settings: Settings, *, device_path: bool | None = None) -> Loaded:
         prefetcher = Prefetcher(dtype, device, settings.staging, settings.prefetch == "on", hot, fetch_bounds(settings))
         memories = Memories(packs, prefetcher, watch(packs, prepared.plan), hot_list=settings.hot_list == "on")
     return Loaded(
-        source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories, kernels, kernels_note, path
+        source, model, attention, prepared.plan, prepared.max_len, device, dtype, memories, kernels, note, path
     )
 
 
@@ -297,14 +304,23 @@ def open_packs(
             read="pread" if settings.read == "pread" else "mmap",
         )
         pack.content = content_key(folder)
-        for engram in pack.modules.values() if isinstance(pack, AttachedPack) else ():
-            kernels, _ = choose_kernels(settings.cpu_kernels, source.config, dtype, device)
-            if can_prepack(dtype, device):
-                prepack(engram, kernels if settings.cpu_weights != "once" else None)
-            if type(engram) is Engram:
-                engram.fused = None if kernels is None else CEngram(engram, kernels)
         packs.append(pack)
     return packs
+
+
+def prepack_modules(
+    pack: AttachedPack | StemPack,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: CpuKernels | None,
+    rows: CpuKernels | None,
+) -> None:
+    """What `build_model` and `fuse` do for the backbone, for an Engram pack's modules: `rows` multiplies plain rows."""
+    for engram in pack.modules.values() if isinstance(pack, AttachedPack) else ():
+        if can_prepack(dtype, device):
+            prepack(engram, rows)
+        if type(engram) is Engram and kernels is not None:
+            engram.fused = CEngram(engram, kernels)
 
 
 def stem_layers(packs: Sequence[AttachedPack | StemPack]) -> dict[int, str]:

@@ -24,8 +24,8 @@ def describe(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]:
     tokens = (kv.blocks - 1) * settings.block_size
     threads = f", {torch.get_num_threads()} threads" if loaded.device.type == "cpu" else ""
     layout = " prepacked for oneDNN" if can_prepack(loaded.dtype, loaded.device) else ""
-    if loaded.plan.twice and loaded.kernels is not None:
-        layout += f", and plain rows for steps of up to {loaded.kernels.few} tokens (--cpu-weights)"
+    if loaded.rows is not None:
+        layout += f", and plain rows for steps of up to {loaded.rows.few} tokens (--cpu-weights)"
     few = FEW.get(settings.quantize)
     quantised = f"; {settings.quantize} for steps of up to {few} tokens" if few else ""
     return [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.cpu.build import COMPILERS, build
-from server.errors import SettingsError
+from server.errors import CapacityError, SettingsError
 from server.models import c_kernels
 from server.models.attention.cpu import CpuBackend
 from server.runtime import capacity
@@ -105,9 +105,25 @@ def test_plain_rows_are_kept_where_there_is_room(
 
 
 @needs_compiler
+def test_plain_rows_never_stand_in_the_way_of_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KV cache fits beside the weights once and not beside the weights twice."""
+    save_tiny_llama(tmp_path)
+    once = prepare(settings_for(str(tmp_path), cpu_weights="once")).plan.weights
+    free, kv = 8 * once, 8 * once - once - (1 << 12)
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: free)
+    monkeypatch.setattr(capacity, "available_memory", lambda: free)
+    flags = {"kv_bytes": kv, "max_model_len": 64}
+    assert prepare(settings_for(str(tmp_path), **flags)).plan.twice is False
+    with pytest.raises(CapacityError, match="--cpu-weights once, with which it fits"):
+        prepare(settings_for(str(tmp_path), cpu_weights="twice", **flags))
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("flags", "reason"),
-    [({"quantize": "int8"}, "--quantize is int8"), ({"cpu_kernels": "off"}, "no C kernels are here")],
+    [({"quantize": "int8"}, "--quantize is int8"), ({"cpu_kernels": "off"}, "no C kernels with")],
     ids=["integers", "no kernels"],
 )
 def test_plain_rows_that_nothing_would_read_stop_the_start(flags: dict[str, str], reason: str, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
 
 A step of few tokens waits for its weights, and smaller ones arrive sooner. With more tokens these kernels fall behind
 bf16 matrix multiplication (docs/experiments.md), so the weights' rounded values are kept in the model's dtype too and
-used there: the function computed is the same at every batch size, and no step is slower than without. The output head
-stays at int8 in both, since rounding errors of it go straight into the logits.
+used there: the function computed is the same at every batch size, and no step is slower than with oneDNN's blocks alone
+(`--cpu-weights once`). The output head stays at int8 in both, since rounding errors of it go straight into the logits.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ class Settings:
         "without them where there is none", "model", choices=("auto", "on", "off"),
     )  # fmt: skip
     cpu_weights: str = setting(
-        "auto", "weights in memory on CPU: once, in oneDNN's blocks; twice, as plain rows too, which steps of up to 3 "
-        "tokens read faster, where there are C kernels; auto: twice where that takes at most a quarter of the free "
-        "memory", "model", choices=("auto", "once", "twice"),
+        "auto", "on CPU, once: weights in oneDNN's blocks; twice: as plain rows too, for single streams; auto: twice "
+        "where a quarter of the free memory holds it", "model", choices=("auto", "once", "twice"),
     )  # fmt: skip
     device: str = setting("auto", "where the backbone runs", "model", choices=("auto", "cpu", "cuda"))
     cuda_graphs: str = setting(

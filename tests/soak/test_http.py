@@ -18,6 +18,9 @@ CLIENTS = 16
 LEAVE, NONSENSE = 0.2, 0.05
 # Growth after the warm-up that is no leak: allocator arenas, and httptools' and the metrics' own buffers.
 GROWTH = 64 << 20
+# Of torch and of oneDNN: compiled primitives kept, one a matrix shape and token count, 1,024 each by default. With so
+# few the caches are full when the warm-up ends, and what grows after it is a leak.
+CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 WORDS = ["the", "river", "한글", "of", "memory", "🙂", "flows", "under", "12345", "bridges", "def", "f(x):", "return"]
 
 
@@ -97,6 +100,12 @@ def at_rest(live: Live) -> dict[str, float]:
             break
         time.sleep(0.1)
     return busy
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, capacity in CACHES.items():
+        monkeypatch.setenv(name, capacity)
 
 
 @pytest.mark.timeout(1200)

@@ -97,7 +97,7 @@ def test_server_commands_get_an_answer(block: Block, port: int) -> None:
     command = block.text.replace(":8000", f":{port}").replace("curl ", "curl --fail-with-body -sS ")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    if "capital of France" in command and '"temperature": 0' in command:  # a sampled answer may be any
+    if "capital of France" in command:
         assert "Paris" in done.stdout
 
 

@@ -107,11 +107,11 @@ class Peer:
                 self.signal(signal.SIGKILL)
 
 
-def ours(name: str, folder: Path, quantize: str, memory: Path | None = None) -> Peer:
+def ours(name: str, folder: Path, memory: Path | None = None) -> Peer:
     port = free_port()
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--log-level", "warning"]
     command += ["--model", str(folder), "--served-model-name", "peer", "--dtype", "bfloat16"]
-    command += ["--max-num-seqs", str(max(CONCURRENCY)), "--max-model-len", MAX_LEN, "--quantize", quantize]
+    command += ["--max-num-seqs", str(max(CONCURRENCY)), "--max-model-len", MAX_LEN]
     if memory is None:
         return Peer(name, command, "peer", "/ready", port)
     return Peer(name, [*command, "--memory", f"memory={memory}"], "peer+memory", "/ready", port)
@@ -215,7 +215,6 @@ def run(
     memory: bool = True,
     rounds: int = 3,
     tokens: int = 48,
-    quantize: str = "none",
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment, prints its tables, writes `json`. Returns what it wrote. Raises NotReady, SettingsError."""
@@ -226,10 +225,10 @@ def run(
         stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(place) / "model"
         convert(model, folder, dtype="bfloat16")
-        peers = [ours(OURS, folder, quantize)]
+        peers = [ours(OURS, folder)]
         if memory:
             pack = attach(model=str(folder), out=Path(place) / "pack", layers=(1, 15), rows=20_000, dim=64, heads=8)
-            peers.append(ours(WITH_MEMORY, folder, quantize, pack))
+            peers.append(ours(WITH_MEMORY, folder, pack))
         if vllm_python is not None:
             peers.append(vllm(vllm_python, folder))
         if llama_server is not None:
@@ -254,7 +253,6 @@ def run(
         "model": model,
         "rounds": rounds,
         "tokens": tokens,
-        "quantize": quantize,
         **summary([{peer.name: figures[peer.name] for peer in peers} for figures in taken]),
         "commands": {peer.name: " ".join(Path(part).name for part in peer.command) for peer in peers},
     }

@@ -185,7 +185,6 @@ def peers(
     memory: Annotated[bool, typer.Option(help="one more arm: ours with a memory attached")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="turns of each server")] = 3,
     tokens: Annotated[int, typer.Option(min=8, help="new tokens per stream")] = 48,
-    quantize: Annotated[str, typer.Option(help="our weights: none, int8 or int4")] = "none",
     json: JsonFile = None,
 ) -> None:
     """Our HTTP server beside vLLM's CPU build and llama.cpp, in turns: throughput, TTFT, time between tokens."""
@@ -199,6 +198,5 @@ def peers(
         memory=memory,
         rounds=rounds,
         tokens=tokens,
-        quantize=quantize,
         json=json,
     )

@@ -16,9 +16,8 @@ from tests.live import Live, live_server
 
 CLIENTS = 16
 LEAVE, NONSENSE = 0.2, 0.05
-# Growth after the warm-up that is no leak: allocator arenas, and httptools' and the metrics' own buffers. Measured in
-# 2,000 requests: 0 to 50 MiB, less with each thousand; a leak of 50 KiB a request would double it.
-GROWTH = 96 << 20
+# Growth after the warm-up that is no leak: allocator arenas, and httptools' and the metrics' own buffers.
+GROWTH = 64 << 20
 # Of torch and of oneDNN: compiled primitives kept, one a matrix shape and token count, 1,024 each by default. With so
 # few the caches are full when the warm-up ends, and what grows after it is a leak.
 CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}

@@ -6,7 +6,8 @@
 One worker, first in first out: lookups take turns in layer order and a layer waits for its own rows, nothing else.
 With prefetch=False the caller's thread fetches inside `wait`, so that the whole fetch counts as stall.
 
-Times, in seconds: fetch = issued to ready, stall = really waited; overlap = 1 - Σ stall / Σ fetch.
+Times, in seconds: fetch = issued to ready, stall = really waited, by the layer's own clock (on CUDA its stream's);
+overlap = 1 - Σ stall / Σ fetch.
 Shapes: T tokens, C rows per token, D values per row, O n-gram orders, U distinct rows. Knows ids, never tokens.
 """
 
@@ -31,6 +32,7 @@ from server.cache.lookup import Fetch, Lookup, UniqueRows
 from server.cache.row_reader import RowReader
 from server.cache.row_table import Table
 from server.cache.staging import HALVES, Staging, step_bytes
+from server.cache.stream_stall import StreamStall
 from server.cache.tally import Tally
 from server.errors import CapacityError, NotReady, StepFailed
 from server.metrics import MEMORY_FETCH
@@ -69,7 +71,7 @@ class Prefetcher:
         self.uncached: dict[str, str] = {}  # table → why its rows cannot be cached
         self._fetch_bounds = fetch_bounds
         self._tallies: dict[tuple[str, int], Tally] = {}
-        self._waited: deque[tuple[Fetch, float]] = deque()  # and how long, not added up yet
+        self._waited: deque[tuple[Fetch, float | StreamStall]] = deque()  # and how long, not added up yet
         self._lock, self._counting = threading.Lock(), threading.Lock()  # closing against queueing; adding up
         self._closed = False
         self._queue: SimpleQueue[list[Fetch] | Job | None] = SimpleQueue()
@@ -130,16 +132,26 @@ class Prefetcher:
         """Blocks until `fetch` is ready and counts it: its rows, [T · C, D] or [U, D]. See `Fetch.wait`."""
         if fetch.step < self._oldest:
             raise StepFailed(f"rows of step {fetch.step} were asked for in step {self._step}: they are overwritten")
-        before = time.perf_counter()
+        before, device = time.perf_counter(), self.staging.device
+        stall: float | StreamStall = 0.0
+        if device.type == "cuda":
+            stall = StreamStall(device)
         if self._worker is None and fetch.pending.locked():
             fetch.issued = before
             self._serve(fetch)
         with fetch.pending:
-            stall = time.perf_counter() - before
+            waited = time.perf_counter() - before
         if fetch.error is not None:
             raise fetch.error
         if fetch.copied is not None:
-            torch.cuda.current_stream(self.staging.device).wait_event(fetch.copied)
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(fetch.copied)
+            if fetch.inverse is not None:  # made on the side stream, which would use its memory again
+                fetch.inverse.record_stream(stream)
+        if isinstance(stall, StreamStall):
+            stall.end(device)
+        else:
+            stall = waited
         if not fetch.counted:
             fetch.counted = True
             self._waited.append((fetch, stall))
@@ -334,8 +346,12 @@ class Prefetcher:
         numbers gone from the processor's caches."""
         with self._counting:
             while self._waited:
-                fetch, stall = self._waited.popleft()
-                self._tally(fetch.lookup).add(fetch, stall)
+                fetch, stall = self._waited[0]
+                seconds = stall.seconds() if isinstance(stall, StreamStall) else stall
+                if seconds is None:  # the stream is not past it
+                    break
+                self._waited.popleft()
+                self._tally(fetch.lookup).add(fetch, seconds)
 
     def _tally(self, lookup: Lookup) -> Tally:
         key, kind = (lookup.table.name, lookup.layer), (lookup.table.row_bytes, lookup.orders)

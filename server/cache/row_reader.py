@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.cache.cuda_memory import send
 from server.cache.hot_rows import Found, HotRows
 from server.cache.lookup import Fetch
 from server.cache.row_table import Ids, Table
@@ -40,7 +41,8 @@ class RowReader:
         ids, keys, askers = np.ascontiguousarray(lookup.row_ids.reshape(-1)), lookup.keys, lookup.askers
         if lookup.dedup and not are_distinct(ids):
             ids, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-            fetch.inverse = torch.from_numpy(inverse.reshape(lookup.row_ids.shape)).to(self.staging.device)
+            with self.staging.on_side_stream():  # the current one computes the layers before
+                fetch.inverse = send(inverse.reshape(lookup.row_ids.shape), self.staging.device)
             # Distinct rows are cache entries only where an entry is one row of one order.
             keys = None if keys is None or lookup.row_ids.shape[1] > 1 else keys[first]
             askers = None if askers is None or keys is None else askers[first]

@@ -1,19 +1,21 @@
-"""The memories of a decode step that the device serves by itself: no host fetch, legal in a CUDA graph.
+"""The memories of a decode step on the device: what it looks up by itself, and what the host brings in the midst of it.
 
     host    serves? ─ prepare ─ launch ───────────────────────────────────────────────────────── between
     main    ──────────┬─ embed ─ block 0 ─ … ─ add(l) ─ block l ─ … ─ up(m) ─ … ─ join ─ sample ─ copies for the host
     side              └─ hash ─ rows of layer l ─ event ┘  rows of layer m ─ event ┘
 
-One side stream, the earliest layer first; a layer waits for its own rows' event and for nothing else. All that varies
-from step to step stands in tensors that are rewritten in place. What cannot be served this way (`serves`) goes the
-host's way, `Memories.begin`, to the same rows. On CPU there are no streams, and kernels are their torch references.
+One side stream, the earliest layer first; a layer waits for its own rows' event and for nothing else. Before a layer
+whose rows the host brings (`staged_rows.py`), `arrive` is called and the streams are one again: a graph is cut there.
+All that varies from step to step stands in tensors that are rewritten in place. What cannot be served this way
+(`serves`) goes the host's way, `Memories.begin`, to the same rows. On CPU there are no streams, and kernels are their
+torch references.
 
 Shapes: B tokens, one a sequence; K attached packs, in the order of attachment; H hidden width, F feed-forward width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -29,37 +31,46 @@ from server.memory.device_layer import Fused, conv_read, fused
 from server.memory.device_rows import DeviceRows, Identity, Pack
 from server.memory.memories import Memories
 from server.memory.short_conv import ConvRead
+from server.memory.staged_rows import Expected, Place, StagedRows, Windows, place_of
 from server.memory.stem import StemPack
 from server.view import MemoryView
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReading:
-    """One pack's rows [B, C · D] at one layer, who sees it and who does not, bool[B], and when they are there."""
+    """One pack's rows [B, C · D] at one layer, who sees it and who does not, bool[B]. `ready`: when rows looked up here
+    are there; `staged`: whether the host brings them."""
 
     pack: Pack
+    layer: int
     rows: Tensor
     seen: Tensor
     unseen: Tensor
-    ready: torch.cuda.Event | None
-
-    def wait(self) -> Tensor:
-        """The rows, once the current stream has waited for them."""
-        if self.ready is not None:
-            torch.cuda.current_stream(self.rows.device).wait_event(self.ready)
-        return self.rows
+    ready: torch.cuda.Event | None = None
+    staged: bool = False
 
 
 @dataclass(slots=True)
 class DeviceStep:
-    """One step's memory, as `decoder.MemoryStep`. `layers`, `up_layers`: the same in every step."""
+    """One step's memory, as `decoder.MemoryStep`. `layers`, `up_layers`: the same in every step.
+
+    `arrive(place)` is called where staged rows are read next, once nothing is left on the side stream.
+    """
 
     memory: DeviceMemory
     batch: DecodeBatch
     side: torch.cuda.Stream | None
+    arrive: Callable[[Place], None]
     readings: dict[int, list[DeviceReading]] = field(default_factory=dict)
     ups: dict[int, DeviceReading] = field(default_factory=dict)
     conv_reads: dict[Identity, ConvRead] = field(default_factory=dict)
+
+    def read(self, reading: DeviceReading) -> None:
+        """Takes a reading in, in the order of `begin`."""
+        if isinstance(reading.pack, StemPack):
+            self.ups[reading.layer] = reading
+        else:
+            self.readings.setdefault(reading.layer, []).append(reading)
 
     @property
     def layers(self) -> frozenset[int]:
@@ -72,9 +83,10 @@ class DeviceStep:
     def add(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden[B, H] with what the memories of this layer add, maybe in place; tokens that see none keep theirs."""
         readings, sequence_of = self.readings[layer], self.memory.sequence_of[: self.batch.num_tokens]
+        self._await(readings)
         total = hidden if len(readings) == 1 else hidden.clone()
         for reading in readings:
-            pack, rows = reading.pack, reading.wait()
+            pack, rows = reading.pack, reading.rows
             assert isinstance(pack, AttachedPack)
             slots, kernels = pack.conv_slots.get(layer), self.memory.fused.get((pack.id, layer))
             if kernels is not None:
@@ -88,13 +100,27 @@ class DeviceStep:
         """[B, F] in place of the layer's up-projection; tokens that do not see the pack keep `dense`. Without `dense`
         every request sees it, and what a dummy reads does not matter."""
         reading = self.ups[layer]
-        rows = reading.wait()
+        self._await([reading])
+        rows = reading.rows
         return rows if dense is None else torch.where(reading.seen[:, None], rows, dense)
 
     def join(self) -> None:
-        """The current stream waits for the side stream: before a capture ends."""
+        """The current stream waits for the side stream: before a capture ends. What is captured next finds all that
+        was looked up, and knows nothing of that stream."""
         if self.side is not None:
             torch.cuda.current_stream(self.side.device).wait_stream(self.side)
+            self.side = None
+
+    def _await(self, readings: Sequence[DeviceReading]) -> None:
+        """All readings of one place: their rows are there for what the current stream does next."""
+        staged = next((reading for reading in readings if reading.staged), None)
+        if staged is not None:
+            self.join()
+            self.arrive(place_of(staged.pack, staged.layer))
+        if self.side is not None:
+            for reading in readings:
+                if reading.ready is not None:
+                    torch.cuda.current_stream(self.side.device).wait_event(reading.ready)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,19 +137,24 @@ class Views:
 
 class DeviceMemory:
     """`max_num_seqs`: the most tokens of a step, dummies included. Packs attached later are not served. `use_kernels`:
-    consume rows by the fused kernels where they know the form; None: where they run.
+    consume rows by the fused kernels where they know the form; None: where they run. `direct`: look up what the device
+    can read by itself; False: the host brings all rows, for comparison.
 
-    All methods belong to the thread that launches; `prepare` and `between` to the stream it launches on.
+    All methods belong to the thread that launches; `prepare`, `arrive` and `between` to the stream it launches on.
     """
 
-    def __init__(self, memories: Memories, max_num_seqs: int, *, use_kernels: bool | None = None) -> None:
+    def __init__(
+        self, memories: Memories, max_num_seqs: int, *, use_kernels: bool | None = None, direct: bool = True
+    ) -> None:
         staging = memories.prefetcher.staging
         self.memories, self.max_num_seqs = memories, max_num_seqs
         self.packs, self.device = memories.packs, staging.device
-        self.rows = DeviceRows(self.packs, memories.prefetcher, max_num_seqs)
+        self.rows = DeviceRows(self.packs if direct else (), memories.prefetcher, max_num_seqs)
+        self.staged = StagedRows([p for p in self.packs if p.id not in self.rows.served], memories, max_num_seqs)
         memories.direct = self.rows
-        engram = [pack for pack in self.packs if isinstance(pack, AttachedPack) and pack.id in self.rows.served]
-        self.edits = DeviceEdits(engram, max_num_seqs, staging.dtype, self.device, MOST_EDITS)
+        engram = [pack for pack in self.packs if isinstance(pack, AttachedPack)]
+        looked_up = [pack for pack in engram if pack.id in self.rows.served]
+        self.edits = DeviceEdits(looked_up, max_num_seqs, staging.dtype, self.device, MOST_EDITS)
         self._stem = {pack.id for pack in self.packs if isinstance(pack, StemPack)}
         with torch.inference_mode(False):
             self.sequence_of = torch.arange(max_num_seqs, device=self.device)
@@ -141,17 +172,17 @@ class DeviceMemory:
     @property
     def up_layers(self) -> frozenset[int]:
         """The layers whose up-projection it replaces."""
-        return frozenset(layer for _, pack, layer in self.rows.in_layer_order() if isinstance(pack, StemPack))
+        return frozenset(layer for pack in self.packs if isinstance(pack, StemPack) for layer in pack.tables)
 
     # ── on the host ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
-        """Whether a decode step of these views can be done wholly on the device; positions[B] of its tokens tell
-        redirects that lie behind from those ahead (None: any redirect is ahead)."""
+        """Whether a decode step of these views can be done on the device; positions[B] of its tokens tell redirects
+        that lie behind from those ahead (None: any redirect is ahead)."""
         if len(views) > self.max_num_seqs:
             return False
         seen = self._look(views)
-        if not seen.fits or not all(self.rows.can_read(identity) for identity in seen.packs):
+        if not seen.fits or not all(self.rows.can_read(i) or self.staged.can_read(i) for i in seen.packs):
             return False
         return all(positions is not None and last < positions[token] for token, last in seen.redirected)
 
@@ -159,14 +190,30 @@ class DeviceMemory:
         """[K, B], `DecodeBatch.sees`; not to be changed."""
         return self._look(views).sees
 
-    def prepare(self, views: Sequence[MemoryView], askers: Ints | None = None) -> None:
-        """Before each launch, on its stream: writes what varies. `views`: of the real tokens, which come first;
-        askers[B]: which request each is of, where hot lists are kept."""
+    def prepare(
+        self,
+        views: Sequence[MemoryView],
+        askers: Ints | None = None,
+        positions: Ints | None = None,
+        windows: Windows | None = None,
+    ) -> None:
+        """Before each launch, on its stream: writes what varies. `views`, positions[B]: of the real tokens, which come
+        first; askers[B]: which request each is of, where hot lists are kept; `windows`: asked for their n-grams by the
+        first `arrive`, needed as positions are where the host brings rows."""
         seen = self._look(views)
         if seen is not self._prepared:
             self.edits.write(views)
             self._prepared = seen
+        expected = None
+        if any(pack.id in seen.packs for pack in self.staged.packs):
+            assert positions is not None and windows is not None
+            expected = Expected(views, positions, askers, windows)
+        self.staged.expect(expected)
         self.rows.expect(seen.sees, askers)
+
+    def arrive(self, place: Place) -> None:
+        """Between two parts of a step: the rows that the host brings to this place."""
+        self.staged.arrive(place)
 
     def _look(self, views: Sequence[MemoryView]) -> Views:
         """What the host needs to know of these views; most steps have those of the step before."""
@@ -199,10 +246,10 @@ class DeviceMemory:
 
     # ── within a launch ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, batch: DecodeBatch) -> DeviceStep:
-        """Hashes and looks up on the side stream; may be captured. Rows are there until the next `begin`."""
-        step = DeviceStep(self, batch, self._side)
-        unseen = ~batch.sees
+    def begin(self, batch: DecodeBatch, arrive: Callable[[Place], None] | None = None) -> DeviceStep:
+        """Hashes and looks up on the side stream; may be captured. Rows are there until the next `begin`. `arrive`: in
+        place of this memory's own, where a capture is cut."""
+        step, unseen = DeviceStep(self, batch, self._side, arrive or self.arrive), ~batch.sees
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
         with self._on_side_stream():
@@ -212,11 +259,15 @@ class DeviceMemory:
                     self.edits.patch(pack, layer, rows, row_ids)
                     self._read_conv(step, pack, layer)
                 ready = self._side.record_event() if self._side is not None else None
-                reading = DeviceReading(pack, rows, batch.sees[index], unseen[index], ready)
-                if isinstance(pack, StemPack):
-                    step.ups[layer] = reading
-                else:
-                    step.readings.setdefault(layer, []).append(reading)
+                step.read(DeviceReading(pack, layer, rows, batch.sees[index], unseen[index], ready))
+        for pack in self.staged.packs:
+            index, rows = self.packs.index(pack), self.staged.rows[pack.id][: batch.num_tokens]
+            for layer in sorted(pack.tables):
+                if isinstance(pack, AttachedPack):
+                    self._read_conv(step, pack, layer)
+                step.read(DeviceReading(pack, layer, rows, batch.sees[index], unseen[index], staged=True))
+        for readings in step.readings.values():  # sums run in the order of attachment, as the host's
+            readings.sort(key=lambda reading: self.packs.index(reading.pack))
         return step
 
     def _read_conv(self, step: DeviceStep, pack: AttachedPack, layer: int) -> None:

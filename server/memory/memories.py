@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from server.batch import Batch, Bools, Ints
@@ -30,9 +29,9 @@ from server.cache.row_table import RowTable
 from server.errors import TableError
 from server.memory.attached import AttachedPack
 from server.memory.attachment import Attachment
-from server.memory.edits import Overlay
+from server.memory.reading import Addressed, Reading, Seen, askers_of, dead_tokens, edit_patches, seen_by
 from server.memory.short_conv import ConvRead
-from server.memory.stem import StemPack, StemReading, redirected
+from server.memory.stem import StemPack, StemReading
 from server.memory.trace import GateTrace
 from server.memory.warm_start import WarmStart
 from server.view import MemoryView
@@ -44,47 +43,6 @@ if TYPE_CHECKING:
 # sampling and the next step's start: nothing where rows arrive before the first block is through.
 HINT_SECONDS = 0.001
 PAGE_IN_TOKENS = 256  # of a waiting prompt, asked for at once
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """The tokens of one step that see a pack: their indices on the host and on the device (None: all), their windows.
-
-    `means`: index among them → the tokens whose mean row a redirect makes them read.
-    """
-
-    tokens: Ints | None
-    index: Tensor | None
-    windows: Ints
-    blocked: Bools
-    means: dict[int, tuple[int, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """places[N] among the T · C rows fetched, and the values[N, D] that are read there, on the model's device."""
-
-    places: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One Engram pack at one layer in one step."""
-
-    pack: AttachedPack
-    layer: int
-    fetch: Fetch | DeviceFetch
-    seen: Seen
-    dead: Tensor | None
-    patches: tuple[Patch, ...] = ()
-
-    def rows(self) -> Tensor:
-        """Waits for the rows [T, C · D]; edited ones are put in place of those fetched."""
-        rows = self.fetch.wait()
-        for patch in self.patches:
-            rows.view(-1, patch.values.shape[1])[patch.places] = patch.values
-        return rows
 
 
 @dataclass(slots=True)
@@ -122,7 +80,7 @@ class MemoryStep:
                 self.trace.take(layer, reading, hidden, rows)
             module, slots = reading.pack.modules[layer], reading.pack.conv_slots.get(layer)
             conv = self.conv_reads.get(reading.pack.id)
-            index = reading.seen.index
+            index = reading.index
             if index is None:
                 total = module.add_to(total, hidden, rows, slots, conv, reading.dead)
             else:
@@ -180,46 +138,43 @@ class Memories:
 
     def begin(self, batch: Batch) -> MemoryStep | None:
         """Queues the fetches of all layers and returns; None if no token of the batch sees a memory."""
+        readings = self.fetch(batch, self.packs)
+        if not readings:
+            return None
+        step = MemoryStep([reading.fetch for reading in readings])
+        for reading in readings:
+            if isinstance(reading, StemReading):
+                step.ups[reading.layer] = reading
+                continue
+            pack, shape = reading.pack, reading.pack.shape
+            if pack.has_conv and pack.id not in step.conv_reads:  # the same for all layers of a pack
+                step.conv_reads[pack.id] = ConvRead.of(batch, shape.kernel_size, shape.dilation, reading.seen.tokens)
+            step.readings.setdefault(reading.layer, []).append(reading)
+        return step
+
+    def fetch(self, batch: Addressed, packs: Sequence[AttachedPack | StemPack]) -> list[Reading | StemReading]:
+        """Queues the fetches of all layers of these packs and returns: what is read, as the layers will ask for it."""
+        staging = self.prefetcher.staging
         planned: list[tuple[int, AttachedPack | StemPack, Lookup, Seen]] = []
-        for pack in self.packs:
-            seen = seen_by(batch, pack)
+        for pack in packs:
+            seen = seen_by(batch, pack, staging.device)
             if seen is not None:
                 found = self._lookups(pack, seen.windows, seen.blocked, askers_of(batch, seen))
                 planned += [(lookup.layer, pack, lookup, seen) for lookup in found]
         if not planned:
-            return None
-        planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))  # as the layers will ask
+            return []
+        planned.sort(key=lambda plan: (plan[0], isinstance(plan[1], StemPack)))
         fetches = self._begin([plan[2] for plan in planned])
-        step, edited = MemoryStep(fetches), [number for number, view in enumerate(batch.views) if view.overlays]
+        edited = [number for number, view in enumerate(batch.views) if view.overlays]
+        readings: list[Reading | StemReading] = []
         for (layer, pack, lookup, seen), fetch in zip(planned, fetches, strict=True):
             if isinstance(pack, StemPack):
                 means = tuple((index, pack.mean_row(layer, tokens)) for index, tokens in seen.means.items())
-                step.ups[layer] = StemReading(fetch, seen.index, means)
+                readings.append(StemReading(pack, layer, fetch, seen.index, means))
                 continue
-            shape = pack.shape
-            if pack.has_conv and pack.id not in step.conv_reads:  # the same for all layers of a pack
-                step.conv_reads[pack.id] = ConvRead.of(batch, shape.kernel_size, shape.dilation, seen.tokens)
-            patches = self._patches(batch, pack, lookup, seen, edited) if edited else ()
-            reading = Reading(pack, layer, fetch, seen, dead_tokens(batch, seen), patches)
-            step.readings.setdefault(layer, []).append(reading)
-        return step
-
-    def _patches(
-        self, batch: Batch, pack: Attachment, lookup: Lookup, seen: Seen, edited: Sequence[int]
-    ) -> tuple[Patch, ...]:
-        """Where tokens of the views `edited` read other rows than the table's, in the order in which they apply."""
-        view_of = batch.view_of if seen.tokens is None else batch.view_of[seen.tokens]
-        columns, staging, patches = lookup.row_ids.shape[1], self.prefetcher.staging, []
-        for number in edited:
-            tokens = np.flatnonzero(view_of == number)
-            for overlay in batch.views[number].overlays if len(tokens) else ():
-                assert isinstance(overlay, Overlay)
-                found = overlay.patch(pack.content, lookup.layer, lookup.row_ids[tokens])
-                if found is not None:
-                    places = tokens[found[0] // columns] * columns + found[0] % columns
-                    values = torch.from_numpy(found[1]).to(staging.device, staging.dtype)
-                    patches.append(Patch(torch.from_numpy(places).to(staging.device), values))
-        return tuple(patches)
+            patches = edit_patches(batch, pack, lookup, seen, edited, staging.device, staging.dtype) if edited else ()
+            readings.append(Reading(pack, layer, fetch, seen, dead_tokens(seen, staging.device), patches))
+        return readings
 
     def _begin(self, lookups: Sequence[Lookup]) -> list[Fetch | DeviceFetch]:
         """Rows on the device are looked up by the layer that reads them; the others begin to be fetched."""
@@ -352,51 +307,3 @@ def lookups(pack: Attachment, windows: Ints, blocked: Bools) -> list[Lookup]:
     dedup, orders = isinstance(pack, StemPack), pack.addresser.orders
     addresses = pack.address(windows, blocked)
     return [Lookup(pack.tables[layer], layer, rows, keys, dedup, orders) for layer, (rows, keys) in addresses.items()]
-
-
-def seen_by(batch: Batch, pack: Attachment) -> Seen | None:
-    """The batch's tokens whose view holds the pack, redirects applied for token-id tables; None if there are none."""
-    tokens = tokens_that_see(batch, pack.id)
-    if tokens is None:
-        seen = Seen(None, None, batch.windows, batch.blocked)
-    elif len(tokens):
-        index = torch.from_numpy(tokens).to(batch.slots.device)
-        seen = Seen(tokens, index, batch.windows[tokens], batch.blocked[tokens])
-    else:
-        return None
-    if isinstance(pack, StemPack) and any(view.redirects for view in batch.views):
-        return redirect(batch, seen)
-    return seen
-
-
-def askers_of(batch: Batch, seen: Seen) -> Ints | None:
-    return batch.askers if batch.askers is None or seen.tokens is None else batch.askers[seen.tokens]
-
-
-def redirect(batch: Batch, seen: Seen) -> Seen:
-    ids, positions = seen.windows[:, :1].copy(), batch.host_positions
-    means: dict[int, tuple[int, ...]] = {}
-    for number, view in enumerate(batch.views):
-        if view.redirects:
-            of_view = batch.view_of if seen.tokens is None else batch.view_of[seen.tokens]
-            where = np.flatnonzero(of_view == number)
-            at = where if seen.tokens is None else seen.tokens[where]
-            own = ids[where]
-            several = redirected(own, positions[at], dict(view.redirects))
-            ids[where] = own
-            means |= {int(where[index]): tokens for index, tokens in several.items()}
-    return Seen(seen.tokens, seen.index, ids, seen.blocked, means)
-
-
-def dead_tokens(batch: Batch, seen: Seen) -> Tensor | None:
-    """bool[T] of the tokens that take part in no n-gram; None when there are none, as in plain text."""
-    dead = seen.blocked[:, 0]
-    return torch.from_numpy(dead.copy()).to(batch.slots.device) if dead.any() else None
-
-
-def tokens_that_see(batch: Batch, pack: tuple[str, str]) -> Ints | None:
-    """Indices of the batch's tokens whose view holds the pack; None when all do."""
-    sees = np.array([pack in view.packs for view in batch.views])
-    if sees.all():
-        return None
-    return np.flatnonzero(sees[batch.view_of])

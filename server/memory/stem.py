@@ -73,19 +73,26 @@ class StemReading:
     `means`: (index among those tokens, row [F]) of redirects to several tokens.
     """
 
+    pack: StemPack
+    layer: int
     fetch: Fetch | DeviceFetch
-    tokens: Tensor | None
+    index: Tensor | None
     means: tuple[tuple[int, Tensor], ...] = ()
 
-    def up(self, dense: Tensor | None) -> Tensor:
-        """[T, F] in place of the up-projection. `dense`: what that gives, for tokens that do not read the table."""
+    def rows(self) -> Tensor:
+        """Waits for the rows [T, F] of the tokens that read the table."""
         rows = self.fetch.wait()
         for index, row in self.means:
             rows[index] = row
-        if self.tokens is None:
+        return rows
+
+    def up(self, dense: Tensor | None) -> Tensor:
+        """[T, F] in place of the up-projection. `dense`: what that gives, for tokens that do not read the table."""
+        rows = self.rows()
+        if self.index is None:
             return rows
         assert dense is not None, "a request without STEM on a model without its up-projection"
-        return dense.index_copy(0, self.tokens, rows)
+        return dense.index_copy(0, self.index, rows)
 
 
 def open_stem(

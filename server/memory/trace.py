@@ -17,7 +17,7 @@ from torch import Tensor
 from server.batch import Ints
 
 if TYPE_CHECKING:
-    from server.memory.memories import Reading
+    from server.memory.reading import Reading
 
 
 class Gate(NamedTuple):

@@ -4,7 +4,9 @@
 
 Captured once per bucket as a CUDA graph and replayed; called as it is on a CPU, or with graphs off. A step's input
 token is already on the device when the step before it has been launched, so that the host may launch the next step
-before it has read the last one's tokens. What is launched runs in stream order, one step after another.
+before it has read the last one's tokens. What is launched runs in stream order, one step after another. A memory whose
+rows only the host can read has its say in the midst of a launch, and does wait for the last step's tokens there: the
+graph is cut at the layers that read it (`decode_graph.py`).
 
 A bucket is filled up with dummies: they read and write a row of the token table and a KV block of their own.
 
@@ -15,8 +17,7 @@ nothing of sequences, requests or scheduling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,12 +28,16 @@ from torch import Tensor
 from kernels.sampling import sample
 from server.batch import Bools, DecodeBatch, Ints
 from server.errors import CapacityError
+from server.memory.staged_rows import Place, Windows
 from server.models.attention.paged import PagedBackend
 from server.models.decoder import Decoder, MemoryStep
+from server.runtime.decode_graph import DecodeGraph, ran_out
 from server.runtime.decode_inputs import StepInputs
 from server.view import MemoryView
 
 WARM_UPS = 2  # before a capture: the first compiles, the second finds what the first left behind
+
+Arrive = Callable[[Place], None]
 
 
 class DeviceMemoryStep(MemoryStep, Protocol):
@@ -43,23 +48,33 @@ class DeviceMemoryStep(MemoryStep, Protocol):
 
 
 class DeviceMemory(Protocol):
-    """The packs whose rows are looked up within a decode step. K packs, in the order of attachment."""
+    """The packs whose rows are read within a decode step. K packs, in the order of attachment."""
 
     @property
     def up_layers(self) -> frozenset[int]:
         """The layers whose up-projection it replaces."""
 
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
-        """Whether a decode step of these views, at positions[B], can be done wholly on the device."""
+        """Whether a decode step of these views, at positions[B], can be done on the device."""
 
     def sees(self, views: Sequence[MemoryView]) -> Bools:
         """[K, B] which of B views see which pack; B may be 0."""
 
-    def prepare(self, views: Sequence[MemoryView], askers: Ints | None = None) -> None:
-        """Before each launch: writes what varies to static tensors."""
+    def prepare(
+        self,
+        views: Sequence[MemoryView],
+        askers: Ints | None = None,
+        positions: Ints | None = None,
+        windows: Windows | None = None,
+    ) -> None:
+        """Before each launch: writes what varies to static tensors. Arguments as those of `DecodeSteps.launch`."""
 
-    def begin(self, batch: DecodeBatch) -> DeviceMemoryStep:
-        """Within the step: hashes and lookups, forked onto a side stream."""
+    def begin(self, batch: DecodeBatch, arrive: Arrive) -> DeviceMemoryStep:
+        """Within the step: hashes and lookups, forked onto a side stream. The step calls `arrive` before each place
+        whose rows the host brings; nothing is left on the side stream then."""
+
+    def arrive(self, place: Place) -> None:
+        """Within a launch: the rows that the host brings to this place. May wait for the step before."""
 
     def between(self, batch: DecodeBatch) -> None:
         """After each launch, without waiting: counters and admission."""
@@ -123,7 +138,7 @@ class DecodeSteps:
         self.model, self.attention, self.memory, self.device = model, attention, memory, device
         self.buckets = tuple(sorted(buckets)) or bucket_sizes(max_num_seqs)
         self.most, self.pad, self.graphs = self.buckets[-1], window - 1, graphs
-        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.captured: dict[int, DecodeGraph[Place]] = {}
         self.capture_seconds, self.capture_bytes = 0.0, 0
         packs = len(memory.sees(())) if memory is not None else 0
         # one row more, for dummies; one position more, for the token after the longest context
@@ -141,7 +156,7 @@ class DecodeSteps:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Computes the largest step once, of dummies alone, memory included. Raises what its kernels raise."""
-        self._compute(self._batches[self.most])
+        self._compute(self._batches[self.most], self._arrive)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -184,15 +199,9 @@ class DecodeSteps:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._compute(batch)
+                self._compute(batch, self._arrive)
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            undone_if_it_fails(pool, self.device),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            self._compute(batch)
-        self.captured[bucket] = graph
+        self.captured[bucket] = DecodeGraph.captured(lambda cut: self._compute(batch, cut), pool, stream)
 
     @torch.inference_mode()
     def launch(
@@ -204,25 +213,27 @@ class DecodeSteps:
         seeds: Ints,
         views: Sequence[MemoryView],
         askers: Ints | None = None,
+        windows: Windows | None = None,
     ) -> Launched:
-        """Computes the next token of B sequences; returns at once.
+        """Computes the next token of B sequences; returns at once, or once the host has brought their rows.
 
         rows[B], positions[B] of the tokens to compute, which stand in the token table; blocks[B]: the KV block of
         each position, entered into the rows of the block table by the step itself; temperatures[B] (0: greedy);
-        seeds[B] as int64 bits; views[B]; askers[B]: which request each is of, where anybody counts. The sampled tokens
-        are written at the next position.
+        seeds[B] as int64 bits; views[B]; askers[B]: which request each is of, where anybody counts; windows(): the
+        n-grams that end at these tokens and what of them is blocked, [B, n], asked for where the host reads rows, in
+        the midst of the launch. The sampled tokens are written at the next position.
         """
         count = len(rows)
         bucket = next(size for size in self.buckets if size >= count)
         batch = self._batches[bucket]
         if self.memory is not None:
-            self.memory.prepare(views, askers)
+            self.memory.prepare(views, askers, positions, windows)
         sees = self.memory.sees(views) if self.memory is not None else np.zeros((0, count), np.bool_)
         self.inputs.send(bucket, rows, positions, blocks, temperatures, seeds, sees)
         if bucket in self.captured:
-            self.captured[bucket].replay()
+            self.captured[bucket].replay(self._arrive)
         else:
-            self._compute(batch)
+            self._compute(batch, self._arrive)
         launched = self._read(count)
         if self.memory is not None:
             self.memory.between(batch)
@@ -253,12 +264,16 @@ class DecodeSteps:
             block_size=block_size,
         )
 
-    def _compute(self, batch: DecodeBatch) -> None:
+    def _arrive(self, place: Place) -> None:
+        assert self.memory is not None  # nobody else asks
+        self.memory.arrive(place)
+
+    def _compute(self, batch: DecodeBatch, arrive: Arrive) -> None:
         """What a graph holds."""
         fields, bucket = self.inputs.fields, batch.num_tokens
         self.blocks.index_put_((batch.row_of, fields.lane("pages")[:bucket]), fields.lane("blocks")[:bucket])
         torch.index_select(self.blocks, 0, batch.row_of, out=batch.block_table)
-        memory = self.memory.begin(batch) if self.memory is not None else None
+        memory = self.memory.begin(batch, arrive) if self.memory is not None else None
         self.attention.plan_decode(batch)
         hidden = self.model.states(batch.token_ids, batch.positions, self.attention, memory)
         logits = self.model.logits(hidden, out=self._logits[:bucket])
@@ -278,30 +293,6 @@ class DecodeSteps:
     def write_blocks(self, rows: Ints, blocks: Ints) -> None:
         """blocks[M, N], padded with block 0, into rows[M] of the block table: of sequences that did not decode here."""
         self.blocks.index_copy_(0, torch.from_numpy(rows).to(self.device), torch.from_numpy(blocks).to(self.device))
-
-
-@contextmanager
-def undone_if_it_fails(pool: Any, device: torch.device) -> Iterator[None]:
-    """Around a capture into `pool`. Where its own end fails too, torch leaves the capturing stream the current one and
-    its allocator capturing: no cached memory would be given back any more, and the pool's own never.
-    """
-    stream = torch.cuda.current_stream(device)
-    try:
-        yield
-    except BaseException:
-        torch.cuda.set_stream(stream)
-        index = torch.cuda.current_device()
-        with suppress(RuntimeError):  # of a capture that did end: its graph gives the pool back
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
-        raise
-
-
-def ran_out(error: BaseException | None) -> bool:
-    """Whether device memory ran out, also where the capture's own end failed after that."""
-    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def no_room(bucket: int, most: int, free: int) -> str:

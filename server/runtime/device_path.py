@@ -71,7 +71,7 @@ class DevicePath:
         if not isinstance(attention, PagedBackend):
             return None
         if not model.without_up <= (memory.up_layers if memory is not None else frozenset()):
-            self._note("decode steps run eagerly: a memory that stands in for up-projections is read on the host")
+            self._note("decode steps run eagerly: they cannot read the memory that stands in for up-projections")
             return None
         device = attention.device
         try:
@@ -134,9 +134,11 @@ class DevicePath:
         if steps is not None:
             how = "without CUDA graphs"
             if steps.captured:
+                parts = len(steps.captured[steps.most].parts)
+                cut = f", each in {parts} parts for rows that the host brings" if parts > 1 else ""
                 how = (
-                    f"{len(steps.captured)} CUDA graphs of {', '.join(map(str, steps.buckets))} sequences, captured in "
-                    f"{steps.capture_seconds:.1f} s, {steps.capture_bytes:,} bytes"
+                    f"{len(steps.captured)} CUDA graphs of {', '.join(map(str, steps.buckets))} sequences{cut}, "
+                    f"captured in {steps.capture_seconds:.1f} s, {steps.capture_bytes:,} bytes"
                 )
             lines.append(("decode", f"on the device, one step ahead, {how}"))
         return lines + [("fallback", note) for note in self.notes]

@@ -3,6 +3,7 @@
     works ─ one token each, served? ─ yes ─► DecodeSteps.launch ─► read: tokens; logits for who asks for more
                                      └ no ──► Runner.run, eagerly
 
+Where the host reads rows for a step, the launch itself waits for the tokens of the step before, and only there.
 The token table and block table on the device follow the host's only as far as decode steps need: a row that an eager
 step took further is written anew, its last tokens and its blocks, before its next decode step. Knows tensors; nothing
 of queues, budgets or clients.
@@ -11,12 +12,13 @@ of queues, budgets or clients.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from server.batch import Ints
+from server.batch import Bools, Ints
 from server.errors import StepFailed
 from server.runtime.decode_step import DecodeSteps, Launched
 from server.runtime.runner import Runner
@@ -34,6 +36,7 @@ class DeviceRunner(Runner):
         self.steps = steps
         self.vocab = steps.model.config.vocab_size
         self._next = np.full(len(self.table.tokens), STALE)  # row → the position that the device can compute next
+        self._last: tuple[Ints, Launched] | None = None  # the rows of the step before, and that step
 
     def start(self, sequence: Sequence) -> None:
         super().start(sequence)
@@ -77,6 +80,8 @@ class DeviceRunner(Runner):
             self.table.sync_blocks(sequence)
         rows = np.array([sequence.row for sequence in sequences], np.int64)
         positions = np.array([work.start for work in works], np.int64)
+        ahead = np.array([work.start >= work.sequence.length for work in works])
+        windows = partial(self._windows, rows, positions, ahead, self._last)
         stale = self._next[rows] != positions
         if stale.any():
             self._write(rows[stale], positions[stale])
@@ -88,9 +93,23 @@ class DeviceRunner(Runner):
             np.array([sequence.seed for sequence in sequences], np.uint64).view(np.int64),
             [sequence.view for sequence in sequences],
             self._askers(sequences) if self._counts_askers else None,
+            windows,
         )
         self._next[rows] = positions + 1
+        self._last = rows, launched
         return launched
+
+    def _windows(
+        self, rows: Ints, positions: Ints, ahead: Bools, last: tuple[Ints, Launched] | None
+    ) -> tuple[Ints, Bools]:
+        """The n-grams that end at these tokens. ahead[B]: which of them the step before, `last`, has yet to sample; the
+        host's table has them once that is over, before they are appended."""
+        if ahead.any():
+            assert last is not None
+            sampled = np.zeros(len(self.table.tokens), np.int64)
+            sampled[last[0]] = last[1].tokens()
+            self.table.tokens[rows[ahead], self.table.pad + positions[ahead]] = sampled[rows[ahead]]
+        return self.table.windows(rows, positions)
 
     @torch.inference_mode()
     def read(self, works: list[Work], launched: Launched) -> list[tuple[Sequence, Sampled]]:

@@ -118,7 +118,7 @@ def test_dummies_leave_the_padding_block_as_it_is() -> None:
 
 
 def test_without_room_the_message_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: DecodeSteps, batch: object) -> None:
+    def full(self: DecodeSteps, batch: object, arrive: object) -> None:
         torch.empty(1 << 46, dtype=torch.uint8, device=CUDA)
 
     monkeypatch.setattr(DecodeSteps, "_compute", full)
@@ -130,8 +130,8 @@ def test_a_failed_capture_leaves_steps_that_compute(monkeypatch: pytest.MonkeyPa
     """A host sync is not legal in a capture; the same steps then run eagerly."""
     inner = DecodeSteps._compute
 
-    def syncing(self: DecodeSteps, batch: object) -> None:
-        inner(self, batch)  # type: ignore[arg-type]
+    def syncing(self: DecodeSteps, batch: object, arrive: object) -> None:
+        inner(self, batch, arrive)  # type: ignore[arg-type]
         self._sampled.tolist()
 
     model = random_decoder("llama", device=CUDA)

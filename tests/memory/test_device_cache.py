@@ -81,7 +81,7 @@ def steps_of(memories: Memories, device: DeviceMemory | None, seed: int = 0, tok
                 values = torch.empty(row_ids.size, pack.tables[layer].dim)
                 pack.tables[layer].row_type.decode(torch.from_numpy(raw), values)
                 reading = step.readings[layer][0] if layer in step.readings else step.ups[layer]
-                assert torch.equal(reading.wait()[:3], values.view(3, -1))
+                assert torch.equal(reading.rows[:3], values.view(3, -1))
         device.between(batch)
         check_mirror(hot_of(memories))
         yield step

@@ -73,6 +73,26 @@ def looked_up(engine: Engine) -> int:
     return int(direct._counted.sum())
 
 
+@pytest.mark.parametrize("staged", [("a",), ("b", "s"), PACKS], ids="+".join)
+def test_staged_packs_give_the_hosts_tokens_one_step_ahead(made: Made, staged: tuple[str, ...]) -> None:
+    tiers = ("pinned", *(f"{name}=mapped" for name in staged))
+    host, device = made(False), made(True, placement=tiers, device_cache=1 << 20)
+    fetches: list[str] = []
+    begin = device.runner.memories.begin  # type: ignore[union-attr]
+
+    def counted(batch: Any) -> Any:
+        fetches.append("prefill" if batch.num_tokens > batch.num_sequences else "decode")
+        return begin(batch)
+
+    device.runner.memories.begin = counted  # type: ignore[union-attr, method-assign]
+    for seed in (0, 1, 0):
+        assert answers(device, submits(seed)) == answers(host, submits(seed))
+    assert device.launched_ahead > 20  # type: ignore[attr-defined]
+    assert fetches.count("decode") < 0.2 * device.steps  # the rest were decode steps on the device
+    for counters in device.stats().memory:
+        assert counters.rows == host_rows(host, counters)
+
+
 def test_requests_that_see_different_packs_get_the_hosts_tokens_from_hot_rows(made: Made) -> None:
     host, device = made(False), made(True, device_cache=1 << 20)
     for seed in (0, 1, 0):
@@ -87,8 +107,9 @@ def host_rows(host: Engine, of: Any) -> int:
     return next(c.rows for c in host.stats().memory if (c.table, c.layer) == (of.table, of.layer))
 
 
-def test_a_failed_table_ends_its_requests_with_the_cause_and_no_others(made: Made) -> None:
-    device = made(True)
+@pytest.mark.parametrize("tier", ["pinned", "mapped"])
+def test_a_failed_table_ends_its_requests_with_the_cause_and_no_others(made: Made, tier: str) -> None:
+    device = made(True, placement=(tier,))
     pack = device.runner.memories.packs[0]  # type: ignore[union-attr]
     with_a, without = (Submit(name, prompts(1)[0], GREEDY, packs) for name, packs in (("x", ("a",)), ("y", ("b",))))
     for submit in (with_a, without):

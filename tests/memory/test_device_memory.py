@@ -89,7 +89,7 @@ def compare(sides: Any, device: DeviceMemory, steps: int) -> None:
     for step in range(steps):
         positions = np.minimum(step, lengths - 1)
         assert device.serves(device_side.views)
-        device.prepare(device_side.views)
+        prepare(device, device_side, positions)
         sees = device.sees(device_side.views)
         batch = device_side.device(positions, sees)
         found, expected = device.begin(batch), host.begin(host_side.host(positions))
@@ -99,12 +99,12 @@ def compare(sides: Any, device: DeviceMemory, steps: int) -> None:
             dense = torch.randn(count + DUMMIES, 160, generator=generator)
             before = hidden.clone()
             if expected is not None and layer in expected.layers:
+                wanted = expected.add(layer, hidden[:count].clone())
+                got = found.add(layer, hidden)
                 for reading in expected.readings[layer]:
                     mine = next(r for r in found.readings[layer] if r.pack.name == reading.pack.name)
                     at = slice(None) if reading.seen.tokens is None else reading.seen.tokens
                     assert torch.equal(mine.rows[:count][at], reading.rows())
-                wanted = expected.add(layer, hidden[:count].clone())
-                got = found.add(layer, hidden)
                 torch.testing.assert_close(got[:count], wanted, atol=TOLERANCE, rtol=1e-5)
                 nobody = torch.stack([reading.unseen for reading in found.readings[layer]]).all(0)
                 assert torch.equal(got[nobody], before[nobody])
@@ -116,6 +116,16 @@ def compare(sides: Any, device: DeviceMemory, steps: int) -> None:
                 assert torch.equal(found.up(layer, dense), dense)
         found.join()
         device.between(batch)
+
+
+def prepare(device: DeviceMemory, side: Decoding, positions: Ints) -> None:
+    """As before a launch; n-grams are told when asked for."""
+
+    def windows() -> Any:
+        batch = side.host(positions)
+        return batch.windows, batch.blocked
+
+    device.prepare(side.views, positions=positions, windows=windows)
 
 
 # ── addresses ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,7 +174,7 @@ def test_addresses_are_the_addressers_for_any_tokens(family: str, data: st.DataO
 @pytest.mark.parametrize(
     ("placement", "kind"),
     [("pinned", kind) for kind in ("float32", "bfloat16", "int8", "float8_e4m3", "float8_e4m3_e8m0")]
-    + [("device", "int8")],
+    + [("device", "int8"), ("mapped", "int8"), ("mapped", "float32")],
 )
 def test_every_token_reads_the_rows_and_the_convolution_of_the_hosts_path(
     tiny_llama_folder: Path, make_pack: Callable[..., Path], placement: str, kind: str
@@ -179,9 +189,19 @@ def test_every_token_reads_the_rows_and_the_convolution_of_the_hosts_path(
     compare(sides, DeviceMemory(sides[1][0], 8, use_kernels=False), 14)
 
 
+TIERS = {
+    "direct": ("pinned",),
+    "staged": ("mapped",),
+    "first staged": ("pinned", "p0=mapped"),
+    "second staged in part": ("pinned", "p1/3=mapped"),
+    "stem staged": ("device", "p2=mapped"),
+}
+
+
 @pytest.mark.parametrize("use_kernels", [False, True], ids=["modules", "kernels"])
+@pytest.mark.parametrize("tiers", TIERS)
 def test_each_token_reads_the_packs_it_sees_and_no_other(
-    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, stem: Path, use_kernels: bool
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, stem: Path, tiers: str, use_kernels: bool
 ) -> None:
     ids = texts(6, 12, seed=1)
 
@@ -189,8 +209,13 @@ def test_each_token_reads_the_packs_it_sees_and_no_other(
         seen = [(0,), (1,), (0, 1, 2), (2,), (0, 2)]
         return [view_of(memories, *numbers) for numbers in seen] + [BARE]
 
-    sides = paired(lambda: memories_of(tiny_llama_folder, [pack_a, pack_b, stem]), ids, views)
-    compare(sides, DeviceMemory(sides[1][0], 8, use_kernels=use_kernels), 12)
+    def made() -> Memories:
+        return memories_of(tiny_llama_folder, [pack_a, pack_b, stem], placement=TIERS[tiers])
+
+    sides = paired(made, ids, views)
+    device = DeviceMemory(sides[1][0], 8, use_kernels=use_kernels)
+    assert bool(device.staged.packs) == (tiers != "direct") and bool(device.rows.served) == (tiers != "staged")
+    compare(sides, device, 12)
 
 
 @pytest.mark.parametrize("use_kernels", [False, True], ids=["modules", "kernels"])
@@ -260,8 +285,9 @@ def overlay_of(memories: Memories, ids: Sequence[Ints], seed: int, share: float 
     return Overlay(rows)
 
 
+@pytest.mark.parametrize("tiers", ["direct", "staged", "first staged"])
 def test_edited_rows_are_read_by_those_who_see_them_and_the_tenants_count_last(
-    tiny_llama_folder: Path, pack_a: Path, pack_b: Path
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, tiers: str
 ) -> None:
     ids = texts(5, 12, seed=5)
 
@@ -270,7 +296,7 @@ def test_edited_rows_are_read_by_those_who_see_them_and_the_tenants_count_last(
         seen = [(), (everyone,), (everyone, tenant), (tenant,), (everyone, other)]
         return [view_of(memories, 0, 1, overlays=overlays) for overlays in seen]
 
-    sides = paired(lambda: memories_of(tiny_llama_folder, [pack_a, pack_b]), ids, views)
+    sides = paired(lambda: memories_of(tiny_llama_folder, [pack_a, pack_b], placement=TIERS[tiers]), ids, views)
     device = DeviceMemory(sides[1][0], 8)
     compare(sides, device, 12)
     plain = [view_of(memories, 0, 1) for memories, _ in sides]
@@ -308,20 +334,48 @@ def test_a_redirect_ahead_goes_the_hosts_way_and_one_behind_does_not_matter(
 # ── what cannot be served ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_pack_the_device_cannot_read_goes_the_hosts_way_and_the_others_are_served(
+def test_a_pack_with_a_table_the_device_cannot_read_is_staged_and_the_others_are_direct(
     tiny_llama_folder: Path, pack_a: Path, pack_b: Path
 ) -> None:
     memories = memories_of(tiny_llama_folder, [pack_a, pack_b], placement=("p0=pinned", "p1/3=mapped"))
     device = DeviceMemory(memories, 4)
     direct = {name: transport.direct for name, transport in device.rows.transports.items()}
     assert direct == {"p0/1": True, "p0/3": True, "p1/1": False, "p1/3": False}
-    assert device.serves([view_of(memories, 0), BARE]) and not device.serves([BARE, view_of(memories, 0, 1)])
+    assert [pack.name for pack in device.staged.packs] == ["p1"]
+    assert device.serves([view_of(memories, 0), BARE]) and device.serves([BARE, view_of(memories, 0, 1)])
     assert device.sees([view_of(memories, 0), BARE]).tolist() == [[True, False], [False, False]]
     assert not device.serves([BARE] * 5)
+    assert not device.serves([MemoryView((("p0", "of another content"),))])
 
 
-def test_a_table_that_fails_is_served_no_longer(tiny_llama_folder: Path, pack_a: Path) -> None:
-    memories = memories_of(tiny_llama_folder, [pack_a])
+def test_a_step_that_sees_no_staged_pack_asks_for_no_tokens(
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path
+) -> None:
+    memories = memories_of(tiny_llama_folder, [pack_a, pack_b], placement=("p0=pinned", "p1=mapped"))
+    (ids,) = texts(1, 8)
+    decoding = Decoding(memories, [ids], [view_of(memories, 0)])
+    for pack in memories.packs:
+        pack.allocate_conv(decoding.slots, torch.device("cpu"))
+    device = DeviceMemory(memories, 4)
+
+    def nobody_asks() -> Any:
+        raise AssertionError("the host was to wait for the step before")
+
+    for views, waits in (([view_of(memories, 0)], False), ([view_of(memories, 0, 1)], True)):
+        device.prepare(views, positions=np.array([2]), windows=nobody_asks)
+        step = device.begin(decoding.device(np.array([2]), device.sees(views)))
+        hidden = torch.zeros(1 + DUMMIES, HIDDEN)
+        if waits:
+            with pytest.raises(AssertionError, match="wait for the step before"):
+                step.add(1, hidden)
+        else:
+            step.add(1, hidden)
+            step.add(3, hidden)
+
+
+@pytest.mark.parametrize("tier", ["pinned", "mapped"])
+def test_a_table_that_fails_is_served_no_longer(tiny_llama_folder: Path, pack_a: Path, tier: str) -> None:
+    memories = memories_of(tiny_llama_folder, [pack_a], placement=(tier,))
     device = DeviceMemory(memories, 4)
     view = view_of(memories, 0)
     assert device.serves([view])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.memory.addressing import windows_of
 from server.memory.edits import EditedRows
@@ -56,7 +59,7 @@ def answers(engine: Engine, submits: list[Submit]) -> dict[tuple[str, int], list
     return {key: tokens_of(told) for key, told in outputs_of(engine, submits).items()}
 
 
-@pytest.mark.parametrize("placement", ["device", "pinned"])
+@pytest.mark.parametrize("placement", ["device", "pinned", "mapped"])
 def test_whoever_reads_which_pack_gets_the_tokens_of_the_eager_engine(
     tiny_llama_folder: Path, packs: list[str], placement: str
 ) -> None:
@@ -68,23 +71,19 @@ def test_whoever_reads_which_pack_gets_the_tokens_of_the_eager_engine(
     assert device.launched_ahead > 10
 
 
-def test_tables_that_only_the_host_can_read_are_read_eagerly(tiny_llama_folder: Path, packs: list[str]) -> None:
+def test_a_step_waits_for_the_hosts_rows_only_if_somebody_reads_them(tiny_llama_folder: Path, packs: list[str]) -> None:
     submits = workload([("a",), (), ("a", "b")])
     eager, device = both(tiny_llama_folder, packs[:2], placement=("mapped",))
     assert answers(device, submits) == answers(eager, submits)
-    ahead = device.launched_ahead
+    read = rows_read(device)
+    assert read == rows_read(eager) > 0
     assert answers(device, workload([(), ()])) == answers(eager, workload([(), ()]))
-    assert device.launched_ahead > ahead  # who reads no memory still decodes on the device
+    assert rows_read(device) == read and device.launched_ahead >= 20
 
 
-def test_a_stem_pack_that_only_the_host_can_read_leaves_the_engine_eager(
-    tiny_llama_folder: Path, packs: list[str]
-) -> None:
-    submits = workload([("s",), ("s",)])
-    eager = engine_on(str(tiny_llama_folder), memory=tuple(packs[2:]), placement=("mapped",))
-    device = engine_on(str(tiny_llama_folder), memory=tuple(packs[2:]), placement=("mapped",), device_path=True)
-    assert type(device) is Engine
-    assert answers(device, submits) == answers(eager, submits)
+def rows_read(engine: Engine) -> int:
+    assert engine.runner.memories is not None
+    return sum(counters.rows for counters in engine.runner.memories.counters())
 
 
 def test_edits_are_read_by_those_who_see_them(tiny_llama_folder: Path, packs: list[str]) -> None:
@@ -106,3 +105,55 @@ def test_edits_are_read_by_those_who_see_them(tiny_llama_folder: Path, packs: li
     expected = answers(engines[0], [*submits, *asked])
     assert expected["e1", 0] != plain["r1", 0] == expected["r1", 0]
     assert answers(engines[1], [*submits, *asked]) == expected
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_llama_folder: Path, packs: list[str]) -> tuple[Engine, OverlappedEngine]:
+    return both(tiny_llama_folder, packs, placement=("pinned", "b=mapped", "s=mapped"), keep_up_projection=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_workload_reads_the_rows_of_the_eager_engine(
+    engines: tuple[Engine, OverlappedEngine], data: st.DataObject
+) -> None:
+    """Requests come, stop at a token and are given up while steps are in flight; some sample on the host."""
+    eager, device = engines
+    submits = []
+    for i in range(data.draw(st.integers(1, 6))):
+        prompt = tuple(data.draw(st.lists(st.integers(100, 130), min_size=1, max_size=20)))
+        names = tuple(name for name in ("a", "b", "s") if data.draw(st.booleans()))
+        params = SamplingParams(
+            max_tokens=data.draw(st.integers(1, 12)),
+            temperature=data.draw(st.sampled_from((0.0, 1.0))),
+            seed=i,
+            stop_token_ids=frozenset(data.draw(st.sets(st.integers(0, 49151), max_size=3))),
+            logprobs=data.draw(st.sampled_from((None, None, None, 1))),
+        )
+        submits.append(Submit(f"r{i}", prompt, params, names))
+    expected = {}
+    for submit in submits:
+        expected |= answers(eager, [submit])
+    if data.draw(st.booleans()):  # a token that is sure to come stops the first request
+        first = expected["r0", 0]
+        stop = data.draw(st.sampled_from(first))
+        submits[0] = replace(submits[0], params=replace(submits[0].params, stop_token_ids=frozenset({stop})))
+        expected["r0", 0] = first[: first.index(stop) + 1]
+    arrivals = {i: data.draw(st.integers(0, 5)) for i in range(len(submits))}
+    victim, moment = data.draw(st.sampled_from((None, *arrivals))), data.draw(st.integers(6, 12))
+    found: dict[tuple[str, int], list[int]] = {key: [] for key in expected}
+    step = 0
+    while not device.idle or step <= max(arrivals.values()):
+        for i, submit in enumerate(submits):
+            if arrivals[i] == step:
+                device.submit(submit)
+        if step == moment and victim is not None:
+            device.abort(f"r{victim}")
+        for output in device.step().outputs:
+            assert output.finish_reason != "error", output.error
+            found[output.request_id, output.index] += output.token_ids
+        device.scheduler.check()
+        step += 1
+    for (name, index), tokens in expected.items():
+        told = found[name, index]
+        assert told == (tokens[: len(told)] if name == f"r{victim}" else tokens)

@@ -11,7 +11,8 @@ from server.models.attention.kv_cache import KVCache
 from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder, States
-from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room, undone_if_it_fails
+from server.runtime.decode_graph import undone_if_it_fails
+from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room
 from server.view import BARE
 from tests.decoders import BLOCK_SIZE, chosen, random_decoder
 

@@ -138,7 +138,7 @@ def test_steps_that_cannot_be_captured_run_as_they_are(
 def test_a_decode_step_that_fails_at_start_is_left_to_the_eager_engine(
     tiny: str, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
-    def fails(self: DecodeSteps, batch: object) -> None:
+    def fails(self: DecodeSteps, batch: object, arrive: object) -> None:
         raise error
 
     expected = drive(started(tiny)[0], [(5, 9, 11)], max_tokens=8)

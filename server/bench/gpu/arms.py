@@ -2,7 +2,7 @@
 
 none        the backbone alone
 direct      rows in registered host memory, read by the step's own kernels; with a cache of so many GiB or without
-staged      the same rows gathered by the host and sent ahead of the layer
+staged      the same rows gathered by the host and sent ahead of the layer, in a graph that is cut before it
 resident    the same rows in device memory
 stem        Engram early, STEM in the middle and late layers, both direct; the backbone without those up-projections
 """
@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from server.bench.gpu.models import dtype_of
-from server.bench.gpu.scene import DeviceArm, HostArm, Scene
+from server.bench.gpu.scene import DeviceArm, Scene
 from server.bench.gpu.turns import Turns
 from server.bench.gpu.warm import warm
 from server.cache.device_table import DeviceTable
@@ -84,18 +84,24 @@ def bare_arm(scene: Scene, model: Decoder, buckets: Sequence[int] = ()) -> Turns
     return Turns(DeviceArm(scene, model, None, [BARE] * len(scene.lengths), 1, buckets))
 
 
-def direct_arm(scene: Scene, model: Decoder, memory: Memory, buckets: Sequence[int] = ()) -> Turns:
-    """Also of tables on the device."""
-    count, device_memory = len(scene.lengths), DeviceMemory(memory.memories, len(scene.lengths))
+def direct_arm(
+    scene: Scene, model: Decoder, memory: Memory, buckets: Sequence[int] = (), *, direct: bool = True
+) -> Turns:
+    """Also of tables on the device. `direct` False: the host brings all rows."""
+    count = len(scene.lengths)
+    device_memory = DeviceMemory(memory.memories, count, direct=direct)
     views = [memory.view] * count
     if not device_memory.serves(views):
+        raise CapacityError(f"the rows of {', '.join(memory.view.names)} cannot be read")
+    if direct and device_memory.staged.packs:
         raise CapacityError(f"the device cannot read the rows of {', '.join(memory.view.names)} by itself")
     arm = DeviceArm(scene, model, device_memory, views, memory.memories.window, buckets)
     return Turns(arm, memory.memories.counters)
 
 
 def staged_arm(scene: Scene, model: Decoder, memory: Memory) -> Turns:
-    return Turns(HostArm(scene, model, memory.memories, memory.view), memory.memories.counters)
+    """The same step, cut before each layer that reads rows."""
+    return direct_arm(scene, model, memory, direct=False)
 
 
 class Copied:

@@ -93,9 +93,9 @@ def over_peer(runs: Runs) -> Found:
 
 
 def captured(runs: Runs) -> Found:
-    """A step that waits for the host cannot be captured; staged rows need none."""
+    """A step that waits for the host cannot be captured whole; those with staged rows are cut."""
     whole = [run["figures"].get("arms", {}) for run in runs if run["config"].get("arm") != "staged"]
-    graphs = [arm["graphs"] for arms in whole for arm in arms.values() if "graphs" in arm]
+    graphs = [arm["graphs"] * (arm["parts"] == 1) for arms in whole for arm in arms.values() if "parts" in arm]
     return (float(min(graphs)), f"{min(graphs)} graphs") if graphs else None
 
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.sampling import sample
-from server.batch import Batch, Ints
+from server.batch import Bools, Ints
 from server.bench.gpu.models import dtype_of
 from server.bench.gpu.trace import Trace
 from server.errors import CapacityError
-from server.memory.memories import Memories
 from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.paged import PagedBackend
 from server.models.config import ModelConfig
@@ -169,8 +167,9 @@ class DeviceArm:
         window: int,
         buckets: Sequence[int] = (),
     ) -> None:
-        self.scene, count = scene, len(scene.lengths)
+        self.scene, self.window, count = scene, window, len(scene.lengths)
         self.views, self.rows = list(views), np.arange(count)
+        self._text, self._last = scene.text(0), None  # type: tuple[Ints, Launched | None]
         self.steps = ForcedSteps(
             model,
             PagedBackend(scene.config, scene.cache),
@@ -193,72 +192,40 @@ class DeviceArm:
         """How many were captured."""
         return len(self.steps.captured)
 
+    @property
+    def parts(self) -> int:
+        """Of the largest graph: it is cut where the host brings rows."""
+        graph = self.steps.captured.get(self.steps.most)
+        return len(graph.parts) if graph is not None else 0
+
     def enter(self, wave: int) -> None:
-        """The tokens of this wave, on the device."""
-        self.steps.tell(self.scene.text(wave))
+        """The tokens of this wave, on the device and on the host."""
+        self._text = self.scene.text(wave)
+        self.steps.tell(self._text)
 
     def launch(self, step: int, count: int = 0) -> Launched:
         """The step-th step of a wave, of the first `count` sequences (0: all); the text replaces what was sampled."""
         some = slice(count or len(self.rows))
         positions = self.scene.lengths[some] + step
         blocks = self.scene.blocks[self.rows[some], positions // BLOCK_SIZE]
-        return self.steps.launch(
-            self.rows[some], positions, blocks, self._greedy[some], self._seeds[some], self.views[some]
+        self._last = self.steps.launch(
+            self.rows[some],
+            positions,
+            blocks,
+            self._greedy[some],
+            self._seeds[some],
+            self.views[some],
+            windows=partial(self._windows, self.rows[some], positions, self._last),
         )
+        return self._last
 
-
-class HostArm:
-    """Decode steps whose rows the host gathers and stages: no graph, and every step waits for the token before it."""
-
-    graphs = 0
-
-    def __init__(self, scene: Scene, model: Decoder, memories: Memories, view: MemoryView) -> None:
-        self.scene, self.model, self.memories, self.view = scene, model, memories, view
-        self.attention = PagedBackend(scene.config, scene.cache)
-        count, device = len(scene.lengths), scene.device
-        self._blocks = torch.from_numpy(scene.blocks).to(device)
-        self._zeros = torch.zeros(count, dtype=torch.int64, device=device)
-        self._text: Ints = scene.text(0)
-
-    def enter(self, wave: int) -> None:
-        self._text = self.scene.text(wave)
-
-    @torch.inference_mode()
-    def launch(self, step: int, count: int = 0) -> Launched:
-        """Done when it returns, as the next step's rows depend on its tokens."""
-        number = count or len(self.scene.lengths)
-        batch = self._batch(self.scene.lengths[:number] + step)
-        memory = self.memories.begin(batch)
-        logits = self.model.logits(self.model(batch, self.attention, memory))
-        tokens = sample(logits, self._zeros[:number].float(), self._zeros[:number], batch.positions)
-        launched = Launched(tokens.cpu(), logits, None)
-        launched.tokens()
-        return launched
-
-    def _batch(self, positions: Ints) -> Batch:
-        count, scene = len(positions), self.scene
-        rows = np.arange(count)
-        at = positions[:, None] - np.arange(self.memories.window)
-        windows = self._text[rows[:, None], np.maximum(at, 0)]
-        slots = scene.blocks[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        return Batch(
-            token_ids=self._sent(np.ascontiguousarray(windows[:, 0])),
-            positions=self._sent(positions),
-            slots=self._sent(slots),
-            block_table=self._blocks[:count],
-            host_blocks=scene.blocks[:count],
-            query_start=np.arange(count + 1),
-            context_len=positions + 1,
-            views=(self.view,),
-            view_of=np.zeros(count, np.int64),
-            windows=windows,
-            blocked=at < 0,
-            sample_at=self._sent(rows),
-            block_size=BLOCK_SIZE,
-        )
-
-    def _sent(self, array: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.scene.device, non_blocking=True)
+    def _windows(self, rows: Ints, positions: Ints, last: Launched | None) -> tuple[Ints, Bools]:
+        """The text's n-grams, where the host brings their rows: known only once the step before is over, as those of
+        sampled tokens are."""
+        if last is not None:
+            last.tokens()
+        at = positions[:, None] - np.arange(self.window)
+        return self._text[rows[:, None], np.maximum(at, 0)], at < 0
 
 
 def padded(blocks: Ints, pages: int) -> Ints:

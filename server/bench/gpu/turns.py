@@ -31,6 +31,8 @@ Counts = Callable[[], Sequence[LayerCounters]]
 class Arm(Protocol):
     @property
     def graphs(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
     def enter(self, wave: int) -> None: ...
     def launch(self, step: int, count: int = 0) -> Launched: ...
 
@@ -84,6 +86,7 @@ class Turns:
             "tokens_per_s": sequences / step_s,
             "waves": len(self.wall),
             "graphs": self.arm.graphs,
+            "parts": self.arm.parts,
         }
         return found | memory_figures(self.before, self.counts(), sum(self.wall), len(self.wall) * steps)
 

@@ -310,7 +310,7 @@ def test_the_page_holds_the_report_of_the_results_kept() -> None:
 def runs() -> list[dict[str, Any]]:
     device = {"gpu": "NVIDIA H100", "date": "2026-12-01 10:00", "torch": "2.11", "triton": "3.6", "commit": "abc"}
     ratio = {"median": 0.981, "ci95": [0.978, 0.984], "pairs": 40}
-    table = {"arm_over_none": ratio, "table_gib": 93.0, "arms": {"arm": {"graphs": 1}}}
+    table = {"arm_over_none": ratio, "table_gib": 93.0, "arms": {"arm": {"graphs": 1, "parts": 1}}}
     return [
         {"verb": "table", "config": {"shape": "qwen3-4b", "arm": "direct", "sequences": 512}, "device": device,
          "figures": table},

@@ -1,7 +1,8 @@
 """Transport: how a decode step on a GPU gets a table's rows, told from where they lie. Knows tables and tiers only.
 
 direct   kernels read the rows themselves, within a CUDA graph: on the device, or in registered RAM
-staged   the host gathers them and a side stream copies them: every other table, and every prefill
+staged   the host gathers them and a side stream copies them, between two parts of the graph: every other table; and
+         in every prefill
 """
 
 from __future__ import annotations

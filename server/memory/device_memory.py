@@ -104,6 +104,12 @@ class DeviceStep:
         rows = reading.rows
         return rows if dense is None else torch.where(reading.seen[:, None], rows, dense)
 
+    def distinct_up(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """As `decoder.DistinctRows`: where there is no up-projection every token has a row of its own here."""
+        reading = self.ups[layer]
+        self._await([reading])
+        return reading.rows, self.memory.sequence_of[: self.batch.num_tokens]
+
     def join(self) -> None:
         """The current stream waits for the side stream: before a capture ends. What is captured next finds all that
         was looked up, and knows nothing of that stream."""

@@ -92,6 +92,10 @@ class MemoryStep:
         """[T, F] in place of the layer's up-projection, `dense`, where that is there. Raises the rows' TableError."""
         return self.ups[layer].up(dense)
 
+    def distinct_up(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """As `decoder.DistinctRows`. Raises the rows' TableError."""
+        return self.ups[layer].distinct()
+
 
 class Memories:
     """`packs` in attachment order. `window`: the longest n-gram any of them looks at. `hot_list`: whether the cache, if

@@ -86,6 +86,13 @@ class StemReading:
             rows[index] = row
         return rows
 
+    def distinct(self) -> tuple[Tensor, Tensor] | None:
+        """Waits for the rows [U, F] and inverse[T] of them; None unless every token reads a row of the table."""
+        if self.index is not None or self.means or isinstance(self.fetch, DeviceFetch):
+            return None
+        found = self.fetch.wait_unique()
+        return found.rows, found.inverse.view(-1)
+
     def up(self, dense: Tensor | None) -> Tensor:
         """[T, F] in place of the up-projection. `dense`: what that gives, for tokens that do not read the table."""
         rows = self.rows()

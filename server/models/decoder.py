@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,15 @@ class MemoryStep(Protocol):
 
     def up(self, layer: int, dense: Tensor | None) -> Tensor:
         """[T, F] in place of the layer's up-projection; `dense` is what that gives, where the layer has one."""
+
+
+@runtime_checkable
+class DistinctRows(Protocol):
+    """A step's memory that can name the rows themselves, for kernels that need not have them repeated."""
+
+    def distinct_up(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """rows[U, F] and inverse[T], int64: the row in place of each token's up-projection; None if it is not a row of
+        a table for every token."""
 
 
 class States(Protocol):

@@ -3,6 +3,7 @@
     stream ─ += last block's output, norm ─ qkv ─ rotary ─ attention ─ out ─┐
            ┌────────────────────────────────────────────────────────────────┘
            └ += attention's output, norm ─ gate·up ─ product ─ down ─► added by the next norm
+                                           gate ─ product with a memory's rows, where they replace up
 
 The same sums as `Decoder.states` in the same order, over the same parameters; additions wait for the norm that reads
 them, and are made before memory reads the stream. `prepack.py` is this for a CPU: a choice made from outside.
@@ -19,6 +20,8 @@ from torch import Tensor
 from kernels.gated_product import gated_product
 from kernels.rms_norm import add_rms_norm
 from kernels.rotary import rotate_
+from kernels.stem_rows import gated_rows
+from server.models.decoder import DistinctRows
 from server.models.layers import RMSNorm, Rotary
 
 if TYPE_CHECKING:
@@ -67,9 +70,18 @@ def block_delta(
     if memory is None:
         fed = block.down(gated_product(gate_up, block.activation_name))
     else:
-        gate, up = gate_up.chunk(2, dim=-1) if block.has_up else (gate_up, None)
-        fed = block.down(block.activation(gate).mul_(memory.up(block.layer, up)))
+        fed = block.down(replaced_product(block, gate_up, memory))
     return fed if block.after_mlp is None else normed(block.after_mlp, fed.float(), None)
+
+
+def replaced_product(block: Block, gate_up: Tensor, memory: MemoryStep) -> Tensor:
+    """[T, F]: the gate's activation times what memory gives in place of the up-projection."""
+    if block.activation_name == "silu" and isinstance(memory, DistinctRows) and not block.has_up:
+        distinct = memory.distinct_up(block.layer)
+        if distinct is not None:
+            return gated_rows(gate_up, *distinct)
+    gate, up = gate_up.chunk(2, dim=-1) if block.has_up else (gate_up, None)
+    return block.activation(gate).mul_(memory.up(block.layer, up))
 
 
 def normed(norm: RMSNorm, stream: Tensor, delta: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.stem_rows import gated_rows
 from server.memory.addressing import windows_of
 from server.memory.edits import EditedRows
 from server.runtime.engine import Engine
@@ -79,6 +80,27 @@ def test_a_step_waits_for_the_hosts_rows_only_if_somebody_reads_them(tiny_llama_
     assert read == rows_read(eager) > 0
     assert answers(device, workload([(), ()])) == answers(eager, workload([(), ()]))
     assert rows_read(device) == read and device.launched_ahead >= 20
+
+
+@pytest.mark.parametrize("placement", ["device", "pinned", "mapped"])
+def test_the_rows_of_repeated_tokens_are_multiplied_where_they_are(
+    tiny_llama_folder: Path, packs: list[str], placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its up-projection a block's product takes a row per distinct token and the way back to tokens."""
+    shapes: list[tuple[int, int]] = []
+
+    def noted(gate: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        shapes.append((len(gate), len(rows)))
+        return gated_rows(gate, rows, inverse)
+
+    monkeypatch.setattr("server.models.fused.gated_rows", noted)
+    prompt = (5, 9, 5, 5, 9, 5, 5, 5)
+    submits = [Submit("x", prompt, GREEDY, ("s",))]
+    eager, device = both(tiny_llama_folder, packs[2:], placement=(placement,))
+    assert answers(device, submits) == answers(eager, submits)
+    decoded = [shape for shape in shapes if shape[0] == 1]
+    assert len(decoded) >= 2 * 11 and set(decoded) == {(1, 1)}
+    assert ((len(prompt), 2) in shapes) == (placement != "device")  # a table on the device is looked up by token
 
 
 def rows_read(engine: Engine) -> int:

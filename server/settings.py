@@ -96,8 +96,9 @@ class Settings:
     max_num_seqs: int = setting(64, "sequences running at once", "scheduler")
     max_num_batched_tokens: int = setting(512, "tokens computed per step: decode first, the rest prefill", "scheduler")
     kv_bytes: int = setting(
-        0, "bytes for KV blocks; 0: a quarter of free memory, at most 2 GiB", "scheduler", size=True
-    )
+        0, "bytes for KV blocks; 0: a quarter of free memory, 2 GiB at most; on a GPU three quarters of what is left",
+        "scheduler", size=True,
+    )  # fmt: skip
     block_size: int = setting(16, "tokens per KV block", "scheduler")
     prefix_cache: str = setting("on", "share KV blocks of equal prompt prefixes", "scheduler", choices=("on", "off"))
 

@@ -26,6 +26,9 @@ from server.runtime.host import available_memory
 from server.settings import GIB, Settings
 
 DEFAULT_KV_BYTES = 2 * GIB
+# Of a GPU's memory beside weights, staging and hot rows; the rest is for small tables, activations, graphs and the
+# workspaces of matrix products.
+GPU_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +128,16 @@ def _plan(
             f"the weights take {weights} bytes and {free} are free on {device}: choose a smaller --model"
         )
     token_bytes = kv_bytes_per_token(config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
-    kv = plan_kv(settings, block_bytes=settings.block_size * token_bytes, max_len=max_len, available=free - weights)
     staging = settings.staging if packs else 0
-    on_device = weights + kv.nbytes + staging + (settings.device_cache if packs else 0)
+    beside = staging + (settings.device_cache if packs else 0)
+    kv = plan_kv(
+        settings,
+        block_bytes=settings.block_size * token_bytes,
+        max_len=max_len,
+        available=free - weights,
+        share=GPU_SHARE * max(free - weights - beside, 0) if device.type == "cuda" else None,
+    )
+    on_device = weights + kv.nbytes + beside
     host_free = available_memory() - staging - (on_device - staging if device.type == "cpu" else 0)
     room = Room(device.type, free - on_device, host_free, settings.host_memory_limit)
     needs = [need for pack in packs for need in mapped_needs(pack, settings.max_num_batched_tokens)]
@@ -193,8 +203,11 @@ def _free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def plan_kv(settings: Settings, *, block_bytes: int, max_len: int, available: int | None = None) -> KVPlan:
+def plan_kv(
+    settings: Settings, *, block_bytes: int, max_len: int, available: int | None = None, share: float | None = None
+) -> KVPlan:
     """Blocks for the KV cache; `block_bytes` counts everything stored per block, `max_len` the longest sequence.
+    `share`: bytes it may take by default; None: as beside a CPU.
 
     Never more than all running sequences at full length could use. Raises CapacityError if not even one sequence of
     `max_len` tokens fits, naming the value that would.
@@ -204,6 +217,8 @@ def plan_kv(settings: Settings, *, block_bytes: int, max_len: int, available: in
     most = settings.max_num_seqs * (one - 1) + 1
     if settings.kv_bytes:
         budget, source = settings.kv_bytes, "--kv-bytes"
+    elif share is not None:
+        budget, source = int(share), f"{GPU_SHARE:.0%} of the device memory that is left"
     else:
         budget = min(DEFAULT_KV_BYTES, available // 4)
         source = "2 GiB, the default" if budget == DEFAULT_KV_BYTES else "a quarter of the free memory"

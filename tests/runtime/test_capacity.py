@@ -15,9 +15,11 @@ from server.cache.table_writer import write_sparse_table
 from server.cli import main
 from server.commands.attach import attach, fresh_config
 from server.commands.plan import lines
+from server.errors import CapacityError
 from server.memory.engram import Engram
 from server.memory.pack import MODULES, engram_shape, table_file
 from server.models.source import open_source
+from server.runtime.capacity import GPU_SHARE, plan_kv
 from server.runtime.load import load, prepare, weight_bytes
 from server.runtime.process import build_engine
 from server.runtime.report import describe_places
@@ -98,3 +100,18 @@ def test_starting_on_100_gb_takes_what_starting_on_1_gb_takes(tiny_llama_folder:
         if turn > 3 and best[100] <= 1.1 * best[1]:
             return
     raise AssertionError(f"best starts: {best}")
+
+
+def test_a_gpu_gives_most_of_what_is_left_to_keys_and_values(tiny_llama_folder: Path) -> None:
+    settings = settings_for(str(tiny_llama_folder), kv_bytes=0, max_num_seqs=10_000)
+    sizes = {"block_bytes": 1 << 20, "max_len": 256, "available": 80 << 30}
+    gpu = plan_kv(settings, **sizes, share=GPU_SHARE * (70 << 30))
+    assert gpu.nbytes == GPU_SHARE * (70 << 30) and "75% of the device memory" in gpu.reason
+    cpu = plan_kv(settings, **sizes)
+    assert cpu.nbytes == 2 << 30
+    few = plan_kv(
+        settings_for(str(tiny_llama_folder), kv_bytes=0, max_num_seqs=2), **sizes, share=GPU_SHARE * (70 << 30)
+    )
+    assert few.blocks == 2 * 256 // 16 + 1  # never more than can be used
+    with pytest.raises(CapacityError, match="--kv-bytes"):
+        plan_kv(settings, **sizes, share=0)

@@ -92,9 +92,7 @@ class Prefetcher:
         Rows of the step before the last are overwritten from now on. Raises CapacityError if the step's rows do not fit
         into half the staging, NotReady after `close`.
         """
-        if self._mirrored is not None:
-            self.settle()
-        elif self._worker is None:
+        if self._worker is None and self._mirrored is None:
             self._do_jobs()
         issued = time.perf_counter()
         self._step += 1
@@ -169,7 +167,7 @@ class Prefetcher:
                 (self._queue if self._mirrored is None else self._jobs).put(job)
 
     def settle(self, observe: Callable[[HotRows], None] | None = None) -> None:
-        """With a mirrored cache, between two launches on the current stream: does one job and lets `observe` tell what
+        """With a mirrored cache, between two steps on the current stream: does one job and lets `observe` tell what
         the device looked up; then the hottest enter now and then. Nothing while a fetch reads the cache; never waits
         for one.
         """

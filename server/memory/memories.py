@@ -142,6 +142,7 @@ class Memories:
 
     def begin(self, batch: Batch) -> MemoryStep | None:
         """Queues the fetches of all layers and returns; None if no token of the batch sees a memory."""
+        self.prefetcher.settle()
         readings = self.fetch(batch, self.packs)
         if not readings:
             return None
@@ -157,7 +158,8 @@ class Memories:
         return step
 
     def fetch(self, batch: Addressed, packs: Sequence[AttachedPack | StemPack]) -> list[Reading | StemReading]:
-        """Queues the fetches of all layers of these packs and returns: what is read, as the layers will ask for it."""
+        """Queues the fetches of all layers of these packs and returns: what is read, as the layers will ask for it. May
+        be called in the midst of a launch: a mirrored cache stays as it is."""
         staging = self.prefetcher.staging
         planned: list[tuple[int, AttachedPack | StemPack, Lookup, Seen]] = []
         for pack in packs:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from kernels.cpu.ops import CpuKernels
-from server.cache.placement import Place, Room, TableNeed, place_tables
+from server.cache.placement import Place, Room, TableNeed, place_tables, wishes
 from server.cache.row_table import Table
 from server.cache.staging import max_tokens
 from server.errors import CapacityError, SettingsError
@@ -26,8 +26,8 @@ from server.runtime.host import available_memory
 from server.settings import GIB, Settings
 
 DEFAULT_KV_BYTES = 2 * GIB
-# Of a GPU's memory beside weights, staging and hot rows; the rest is for small tables, activations, graphs and the
-# workspaces of matrix products.
+# Of a GPU's memory beside weights, staging, hot rows and the tables that were asked there; the rest is for small tables,
+# activations, graphs and the workspaces of matrix products.
 GPU_SHARE = 0.75
 
 
@@ -130,17 +130,19 @@ def _plan(
     token_bytes = kv_bytes_per_token(config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
     staging = settings.staging if packs else 0
     beside = staging + (settings.device_cache if packs else 0)
+    needs = [need for pack in packs for need in mapped_needs(pack, settings.max_num_batched_tokens)]
+    wanted = wishes(needs, settings.placement)
+    tables = sum(need.nbytes for need in needs if wanted[need.name][0] == "device")
     kv = plan_kv(
         settings,
         block_bytes=settings.block_size * token_bytes,
         max_len=max_len,
         available=free - weights,
-        share=GPU_SHARE * max(free - weights - beside, 0) if device.type == "cuda" else None,
+        share=GPU_SHARE * max(free - weights - beside - tables, 0) if device.type == "cuda" else None,
     )
     on_device = weights + kv.nbytes + beside
     host_free = available_memory() - staging - (on_device - staging if device.type == "cpu" else 0)
     room = Room(device.type, free - on_device, host_free, settings.host_memory_limit)
-    needs = [need for pack in packs for need in mapped_needs(pack, settings.max_num_batched_tokens)]
     lookups = [(table, pack.addresser.columns) for pack in packs for table in pack.tables.values()]
     assert len(needs) == len(lookups), "the plan is made before tables are placed"
     places = place_tables(needs, settings.placement, room)

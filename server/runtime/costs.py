@@ -2,10 +2,13 @@
 
 A layer's wait holds up the whole step, so all of it counts for every sequence in the step. Rows are the sequence's own;
 of those that the step did not read from a table, because a cache held them or another token read them too, each has
-its share. Steps without such a request are not looked at.
+its share. Steps without such a request are not looked at; what a GPU did is known once it is done, so that others are
+waited for.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from server.memory.memories import Memories
 from server.runtime.messages import Cost
@@ -13,8 +16,10 @@ from server.runtime.scheduler import Work
 
 
 class Costs:
-    def __init__(self, memories: Memories | None) -> None:
-        self._memories = memories
+    """`wait`: until the device has computed all it was given."""
+
+    def __init__(self, memories: Memories | None, wait: Callable[[], None]) -> None:
+        self._memories, self._wait = memories, wait
         self._before = (0, 0.0)
 
     def begin(self, works: list[Work]) -> bool:
@@ -38,5 +43,6 @@ class Costs:
 
     def _totals(self) -> tuple[int, float]:
         assert self._memories is not None
+        self._wait()
         counters = self._memories.fetched()
         return sum(c.rows - c.device_hits for c in counters), sum(c.stall_s for c in counters)

@@ -67,7 +67,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.packs = dict(packs or {})  # what new requests may name → identity
         self.fixed, self.redirectable = fixed, redirectable
-        self.grammars, self.costs = grammars, Costs(runner.memories)
+        self.grammars, self.costs = grammars, Costs(runner.memories, runner.wait)
         self._constrained: list[Sequence] = []
         self.edits: dict[str, Overlay] = {}  # scope → what its next requests see; "": everyone's
         self.draining = False
@@ -253,13 +253,13 @@ class Engine:
 
     def _compute(self, works: list[Work]) -> list[TokenOutput]:
         """Runs the works and takes what they give."""
-        counted = self.costs.begin(works)
         try:
+            counted = self.costs.begin(works)
             sampled = self.runner.run(works)
+            if counted:
+                self.costs.end(works)
         except Exception as error:
             return self._fail(works, error)
-        if counted:
-            self.costs.end(works)
         return self._take(works, sampled)
 
     def _take(self, works: list[Work], sampled: list[tuple[Sequence, Sampled]]) -> list[TokenOutput]:

@@ -8,21 +8,26 @@ A step is launched ahead only if nothing else could be done instead: all its seq
 a place, blocks suffice. Whoever turns out to have ended in step n (a stop token, an abort) has one token too many
 computed in step n + 1, which is discarded. Its blocks and its row are given back at once, while that step may still
 write to them: everything the device does is in one stream, so that whoever gets them next writes after it; and a block
-that step n + 1 writes to is not full before it, so nobody can have found it by its prefix. What reads tokens or logits
-on the host goes one step after another, as in `Engine`.
+that step n + 1 writes to is not full before it, so nobody can have found it by its prefix. A launch ahead that fails, at
+a table that the host reads for it, takes nothing from step n: step n + 1 is launched again when it is due, if anybody is
+left in it, and fails then. What reads tokens or logits on the host goes one step after another, as in `Engine`.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from server.errors import EngramError
 from server.runtime.decode_step import Launched
 from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
 from server.runtime.messages import StepOutputs, TokenOutput
 from server.runtime.scheduler import Work
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class OverlappedEngine(Engine):
         return outputs
 
     def _ahead(self, works: list[Work]) -> Flight | None:
-        """The step after these works, launched; None if it has to wait for what they give."""
+        """The step after these works, launched; None if it has to wait for what they give, or cannot be launched."""
         scheduler, sequences = self.scheduler, [work.sequence for work in works]
         if self._constrained or scheduler.can_admit or len(scheduler.running) != len(works):
             return None
@@ -88,6 +93,10 @@ class OverlappedEngine(Engine):
         following = scheduler.ahead(works)
         if following is None:
             return None
-        flight = Flight(following, self.runner.launch(following))
+        try:
+            launched = self.runner.launch(following)
+        except Exception as error:
+            logger.debug("a step could not be launched ahead", exc_info=not isinstance(error, EngramError))
+            return None
         self.launched_ahead += 1
-        return flight
+        return Flight(following, launched)

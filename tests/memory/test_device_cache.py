@@ -237,3 +237,35 @@ def test_where_no_decode_step_runs_on_the_device_the_host_fills_the_cache(
     counted = of_layer(memories, 1)
     assert ran == [1] and counted.device_hits > 0 and counted.admissions > 0
     check_counts(counted)
+
+
+def test_the_cache_changes_between_launches_and_in_none(tiny_llama_folder: Path, pack_a: Path, pack_b: Path) -> None:
+    """Else the rows that the host brings would wait, as behind any change, for the part of the step that runs."""
+    tiers = ("p0=pinned", "p1=mapped")
+    memories = memories_of(tiny_llama_folder, [pack_a, pack_b], placement=tiers, device_cache=1 << 18)
+    hot = hot_of(memories)
+    ids = [np.arange(10) + 7 * i for i in range(3)]
+    decoding = Decoding(memories, ids, [view_of(memories, 0, 1)] * 3)
+    for pack in memories.packs:
+        pack.allocate_conv(decoding.slots, torch.device("cpu"))
+    device, changes, changing = DeviceMemory(memories, 6), [], hot.changing
+
+    def counted() -> Any:
+        changes.append("change")
+        return changing()
+
+    hot.changing = counted  # type: ignore[method-assign]
+    for position in range(10):
+        positions = np.full(3, position)
+        host = decoding.host(positions)
+        device.prepare(decoding.views, positions=positions, windows=lambda host=host: (host.windows, host.blocked))
+        batch = decoding.device(positions, device.sees(decoding.views))
+        step = device.begin(batch)
+        for layer in step.layers:
+            step.add(layer, torch.zeros(batch.num_tokens, HIDDEN))
+        assert len(changes) == position
+        device.between(batch)
+    assert len(changes) == 10
+    memories.begin(host)
+    assert len(changes) == 11  # a step that goes the host's way changes it before its fetches
+    memories.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from kernels import language
+from server.cache.row_table import RowTable
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.overlap import OverlappedEngine
@@ -124,3 +126,28 @@ def test_a_failed_table_ends_its_requests_with_the_cause_and_no_others(made: Mad
             break
     assert found["x"][-1].finish_reason == "error" and "gone" in found["x"][-1].error.message
     assert found["y"][-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_step_ahead_that_fails_costs_no_token_of_the_step_before(made: Made, ends: bool) -> None:
+    """Who stops at a token has it, though the step launched behind it finds a table changed."""
+    (prompt,) = prompts(1)
+    answer = answers(made(False), [Submit("x", prompt, GREEDY, ("a",))])["x", 0]
+    place = next(i for i, token in enumerate(answer) if i >= 4 and token not in answer[:i])
+    params = replace(GREEDY, stop_token_ids=frozenset({answer[place]} if ends else ()))
+    device = made(True, placement=("mapped",))
+    (table, *_) = device.runner.memories.packs[0].tables.values()  # type: ignore[union-attr]
+    assert isinstance(table, RowTable)
+    for submit in (Submit("x", prompt, params, ("a",)), Submit("y", prompt, GREEDY, ("b",))):
+        device.submit(submit)
+    told: dict[str, list[int]] = {"x": [], "y": []}
+    reasons = {}
+    while not device.idle:
+        if len(told["x"]) == place:
+            table.files[0].change = lambda: "was cut"  # type: ignore[method-assign]  # found out by reading
+        for output in device.step().outputs:
+            told[output.request_id] += output.token_ids
+            reasons[output.request_id] = output.finish_reason
+        device.scheduler.check()
+    assert told["x"] == answer[: place + 1]
+    assert reasons == {"x": "stop" if ends else "error", "y": "length"} and len(told["y"]) == 16

@@ -19,7 +19,7 @@ from server.errors import CapacityError
 from server.memory.engram import Engram
 from server.memory.pack import MODULES, engram_shape, table_file
 from server.models.source import open_source
-from server.runtime.capacity import GPU_SHARE, plan_kv
+from server.runtime.capacity import GPU_SHARE, plan, plan_kv, planned_weight_bytes
 from server.runtime.load import load, prepare, weight_bytes
 from server.runtime.process import build_engine
 from server.runtime.report import describe_places
@@ -115,3 +115,29 @@ def test_a_gpu_gives_most_of_what_is_left_to_keys_and_values(tiny_llama_folder: 
     assert few.blocks == 2 * 256 // 16 + 1  # never more than can be used
     with pytest.raises(CapacityError, match="--kv-bytes"):
         plan_kv(settings, **sizes, share=0)
+
+
+def test_tables_asked_onto_a_gpu_have_their_room_before_keys_and_values(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = pack_with_sparse_table(tmp_path / "large", str(tiny_llama_folder), 1 << 26)
+    settings = settings_for(
+        str(tiny_llama_folder), memory=(f"a={large}",), placement=("device",), kv_bytes=0, max_num_seqs=10_000
+    )
+    prepared = prepare(settings)
+    (table,) = [place.need.nbytes for place in prepared.plan.places]
+    gpu, config, left = torch.device("cuda"), prepared.source.config, 2 * table
+    free = planned_weight_bytes(config, prepared.dtype, gpu, frozenset()) + settings.staging + left
+    monkeypatch.setattr("server.runtime.capacity._free_memory", lambda device: free)
+    found = plan(
+        settings,
+        config,
+        prepared.packs,
+        dtype=prepared.dtype,
+        device=gpu,
+        max_len=prepared.max_len,
+        without_up=frozenset(),
+        kernels=None,
+    )
+    assert found.tier("a/1") == "device"
+    assert 0 <= GPU_SHARE * (left - table) - found.kv.nbytes < found.kv.block_bytes

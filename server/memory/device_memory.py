@@ -142,22 +142,28 @@ class Views:
 
 
 class DeviceMemory:
-    """`max_num_seqs`: the most tokens of a step, dummies included. Packs attached later are not served. `use_kernels`:
-    consume rows by the fused kernels where they know the form; None: where they run. `direct`: look up what the device
-    can read by itself; False: the host brings all rows, for comparison.
+    """`max_num_seqs`: the most tokens of a step, dummies included. Packs attached later are not served: another takes
+    over then, which goes on counting where this one, its `before`, stopped. `use_kernels`: consume rows by the fused
+    kernels where they know the form; None: where they run. `direct`: look up what the device can read by itself; False:
+    the host brings all rows, for comparison.
 
     All methods belong to the thread that launches; `prepare`, `arrive` and `between` to the stream it launches on.
     """
 
     def __init__(
-        self, memories: Memories, max_num_seqs: int, *, use_kernels: bool | None = None, direct: bool = True
+        self,
+        memories: Memories,
+        max_num_seqs: int,
+        *,
+        before: DeviceMemory | None = None,
+        use_kernels: bool | None = None,
+        direct: bool = True,
     ) -> None:
         staging = memories.prefetcher.staging
         self.memories, self.max_num_seqs = memories, max_num_seqs
         self.packs, self.device = memories.packs, staging.device
         self.rows = DeviceRows(self.packs if direct else (), memories.prefetcher, max_num_seqs)
         self.staged = StagedRows([p for p in self.packs if p.id not in self.rows.served], memories, max_num_seqs)
-        memories.direct = self.rows
         engram = [pack for pack in self.packs if isinstance(pack, AttachedPack)]
         looked_up = [pack for pack in engram if pack.id in self.rows.served]
         self.edits = DeviceEdits(looked_up, max_num_seqs, staging.dtype, self.device, MOST_EDITS)
@@ -169,6 +175,9 @@ class DeviceMemory:
         self.fused = fused_layers(engram) if kernels else {}
         cuda = self.device.type == "cuda"
         self._side = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+        if before is not None:
+            self.rows.go_on_from(before.rows)
+        memories.direct = self.rows
 
     def give_up(self) -> None:
         """No decode step will read through it: the host serves every step, and has the cache to itself again."""

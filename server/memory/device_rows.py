@@ -96,6 +96,15 @@ class DeviceRows:
             keys = place if hot is not None and cached(pack, hot) else None
             self.served[pack.id] = Served(index, pack, addresses, tables, keys)
 
+    def go_on_from(self, before: DeviceRows) -> None:
+        """Counts of the tables that both read are taken over. Nothing may be under way on the device."""
+        known = {direct.key: direct for served in before.served.values() for direct in served.tables.values()}
+        for served in self.served.values():
+            for direct in served.tables.values():
+                if direct.key in known:
+                    direct.counters.copy_(known[direct.key].counters)
+        self._counted = self.observed.words[: 2 * self._lines].view(self._lines, 2).cpu().numpy().copy()
+
     def can_read(self, identity: Identity) -> bool:
         """Whether the pack is served, and none of its tables has failed."""
         served = self.served.get(identity)

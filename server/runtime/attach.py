@@ -3,8 +3,9 @@
     attach   a thread opens, checks and sizes the pack ── steps go on ──▶ between two steps it joins
     detach   between two steps no new request sees it  ── running ones read it to their end ──▶ its tables are closed
 
-Tables that come later are read where they lie; their pages count under --host-memory-limit like everybody's, and their
-rows are cached where the device cache has a pool of their entry size.
+Tables that come later are read where they lie, also by the host in the midst of a decode step on a GPU; their pages
+count under --host-memory-limit like everybody's, and their rows are cached where the device cache has a pool of their
+entry size.
 
 What a running sequence sees never changes: its view names packs by identity, and each attachment has one of its own,
 so that a pack attached again under its old name is another pack to the prefix cache and to every sequence. Packs whose
@@ -31,9 +32,11 @@ from server.cache.prefetcher import Prefetcher
 from server.cache.staging import max_tokens
 from server.errors import CapacityError, Conflict, EngramError, NotFound
 from server.memory.attached import AttachedPack
+from server.memory.device_memory import DeviceMemory
 from server.memory.memories import Memories
 from server.memory.stem import StemPack
 from server.runtime.capacity import mapped_needs
+from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
 from server.runtime.host import available_memory
 from server.runtime.load import Loaded, fetch_bounds, open_packs, prepack_modules, watch
@@ -93,6 +96,7 @@ class MemoryChanges:
                 self._leaving.remove(pack)
                 self._engine.runner.wait()  # for a step whose last sequence that reads the pack was aborted
                 self._memories.remove(pack)
+                self._renew()
                 self._widen_budget()
                 logger.info("memory %s is closed", pack.name)
         return answers
@@ -197,10 +201,25 @@ class MemoryChanges:
             opened.memories.close()
         self._memories.add(pack, sum(need.step_bytes for need in needs))
         engine.runner.table.widen(self._memories.window)
+        self._renew()
         engine.scheduler.budget = min(engine.scheduler.budget, budget)
         engine.packs[pack.name] = pack.fingerprint
         logger.info("memory %s is attached, opened in %.3f s", pack.name, opened.seconds)
         return opened.seconds
+
+    def _renew(self) -> None:
+        """Decode steps on a device read the packs that are there now. Where they cannot, the host reads for whoever
+        sees one that they do not know."""
+        runner, memories = self._engine.runner, self._memories
+        if not isinstance(runner, DeviceRunner):
+            return
+        before = runner.steps.memory
+        assert before is None or isinstance(before, DeviceMemory)
+        try:
+            runner.renew(DeviceMemory(memories, self._settings.max_num_seqs, before=before), memories.window)
+        except (RuntimeError, MemoryError):
+            logger.warning("decode steps do not read the memories that changed: no room on the device", exc_info=True)
+            memories.direct = before.rows if before is not None else None
 
     def _check(self, pack: AttachedPack, needs: list[TableNeed]) -> None:
         """Raises Conflict for a name that is taken, CapacityError where --host-memory-limit cannot be held with it."""

@@ -96,8 +96,13 @@ class StepInputs:
         self._host = [HostBuffer(most, packs, device.type == "cuda") for _ in range(2)]
         self._bytes = torch.zeros(buffer_bytes(most, packs), dtype=torch.uint8, device=device)
         self.fields = Fields.of(self._bytes, most, packs)
-        empty = np.zeros(0, np.int64)
-        self.send(most, empty, empty, empty, Sampling.plain(np.zeros(0), empty), np.zeros((packs, 0), np.bool_))
+        self._most, self._packs = most, packs
+        self.clear()
+
+    def clear(self) -> None:
+        """The next step is of dummies alone."""
+        empty, nobody = np.zeros(0, np.int64), np.zeros((self._packs, 0), np.bool_)
+        self.send(self._most, empty, empty, empty, Sampling.plain(np.zeros(0), empty), nobody)
 
     def send(
         self,

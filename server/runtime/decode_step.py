@@ -16,6 +16,7 @@ nothing of sequences, requests or scheduling.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -33,6 +34,8 @@ from server.models.decoder import Decoder, MemoryStep
 from server.runtime.decode_graph import DecodeGraph, ran_out
 from server.runtime.decode_inputs import Sampling, StepInputs
 from server.view import MemoryView
+
+logger = logging.getLogger(__name__)
 
 WARM_UPS = 2  # before a capture: the first compiles, the second finds what the first left behind
 
@@ -139,18 +142,31 @@ class DecodeSteps:
         self.most, self.pad, self.graphs = self.buckets[-1], window - 1, graphs
         self.captured: dict[int, DecodeGraph[Place]] = {}
         self.capture_seconds, self.capture_bytes = 0.0, 0
-        packs = len(memory.sees(())) if memory is not None else 0
+        self._shared: tuple[torch.cuda.Stream, Any] | None = None  # the stream of all captures, and their memory pool
+        self._dummies = {"dummy_row": max_num_seqs, "dummy_block": dummy_block, "block_size": block_size}
         # one row more, for dummies; one position more, for the token after the longest context
         self.tokens = torch.zeros(max_num_seqs + 1, self.pad + max_len + 1, dtype=torch.int64, device=device)
         self.blocks = torch.zeros(max_num_seqs + 1, -(-max_len // block_size), dtype=torch.int64, device=device)
-        self.inputs = StepInputs(
-            self.most, packs, dummy_row=max_num_seqs, dummy_block=dummy_block, block_size=block_size, device=device
-        )
+        self.inputs = self._inputs(memory)
         self._block_table = torch.zeros(self.most, self.blocks.shape[1], dtype=torch.int64, device=device)
         self._logits = torch.zeros(self.most, model.config.vocab_size, dtype=torch.float32, device=device)
         self._sampled = torch.zeros(self.most, dtype=torch.int64, device=device)
         self._turns = [Turn(self.most, pinned=device.type == "cuda") for _ in range(2)]
-        self._batches = {bucket: self._batch(bucket, block_size) for bucket in self.buckets}
+        self._batches = {bucket: self._batch(bucket) for bucket in self.buckets}
+
+    @torch.inference_mode()
+    def renew(self, memory: DeviceMemory, window: int) -> None:
+        """Another memory from the next launch on, once the device has done all it was given. Graphs are captured anew,
+        each before its first use: a tenth of a second here and there, and not seconds at once. Raises what allocating
+        raises; nothing changes then."""
+        inputs, pad, tokens = self._inputs(memory), max(window - 1, self.pad), self.tokens
+        if pad > self.pad:
+            tokens = torch.zeros(len(tokens), tokens.shape[1] + pad - self.pad, dtype=torch.int64, device=self.device)
+            tokens[:, pad:] = self.tokens[:, self.pad :]
+        self.memory, self.inputs, self.pad, self.tokens = memory, inputs, pad, tokens
+        self.captured.clear()
+        self._shared = None
+        self._batches = {bucket: self._batch(bucket) for bucket in self.buckets}
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -167,12 +183,10 @@ class DecodeSteps:
         """
         if not self.graphs:
             return
-        begun, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
-        bucket, stream = self.most, torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        pool = torch.cuda.graph_pool_handle()
+        begun, free, bucket = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0], self.most
         try:
             for done, bucket in enumerate(reversed(self.buckets), 1):
-                self._capture(bucket, stream, pool)
+                self._capture(bucket)
                 if progress is not None:
                     progress(done, len(self.buckets))
         except Exception as error:
@@ -189,12 +203,26 @@ class DecodeSteps:
         self.captured.clear()
         torch.cuda.empty_cache()
 
+    def _capture_late(self, bucket: int) -> None:
+        """A graph that is missing since the memory changed. Where that fails steps are computed as they are."""
+        self.inputs.clear()
+        if self.memory is not None:
+            self.memory.prepare(())
+        try:
+            self._capture(bucket)
+        except Exception:
+            logger.warning("decode steps run without CUDA graphs: one could not be captured anew", exc_info=True)
+            self.give_up_graphs()
+
     @torch.inference_mode()
-    def _capture(self, bucket: int, stream: torch.cuda.Stream, pool: Any) -> None:
+    def _capture(self, bucket: int) -> None:
         """All inputs are dummies. Kernels are compiled and workspaces allocated before, on the capturing stream, which
         all buckets share: cuBLAS keeps a workspace per stream.
         """
-        batch = self._batches[bucket]
+        if self._shared is None:
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._shared = stream, torch.cuda.graph_pool_handle()
+        batch, (stream, pool) = self._batches[bucket], self._shared
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -223,6 +251,8 @@ class DecodeSteps:
         """
         count = len(rows)
         bucket = next(size for size in self.buckets if size >= count)
+        if self.graphs and bucket not in self.captured:
+            self._capture_late(bucket)
         batch = self._batches[bucket]
         if self.memory is not None:
             self.memory.prepare(views, askers, positions, windows)
@@ -248,7 +278,11 @@ class DecodeSteps:
         turn.launched = Launched(turn.host[:count], self._logits[:count], turn.done)
         return turn.launched
 
-    def _batch(self, bucket: int, block_size: int) -> DecodeBatch:
+    def _inputs(self, memory: DeviceMemory | None) -> StepInputs:
+        packs = len(memory.sees(())) if memory is not None else 0
+        return StepInputs(self.most, packs, **self._dummies, device=self.device)
+
+    def _batch(self, bucket: int) -> DecodeBatch:
         fields = self.inputs.fields
         return DecodeBatch(
             tokens=self.tokens,
@@ -259,7 +293,7 @@ class DecodeSteps:
             context_len=fields.lane("context_len")[:bucket],
             slots=fields.lane("slots")[:bucket],
             sees=fields.sees[:, :bucket],
-            block_size=block_size,
+            block_size=self.inputs.block_size,
         )
 
     def _arrive(self, place: Place) -> None:

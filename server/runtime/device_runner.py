@@ -21,7 +21,7 @@ import torch
 from server.batch import Bools, Ints
 from server.errors import StepFailed
 from server.runtime.decode_inputs import Sampling
-from server.runtime.decode_step import DecodeSteps, Launched
+from server.runtime.decode_step import DecodeSteps, DeviceMemory, Launched
 from server.runtime.runner import Runner
 from server.runtime.sampler import LEAST_SHARE, Sampled, is_plain
 from server.runtime.scheduler import Work
@@ -41,6 +41,11 @@ class DeviceRunner(Runner):
     def start(self, sequence: Sequence) -> None:
         super().start(sequence)
         self._next[sequence.row] = STALE
+
+    def renew(self, memory: DeviceMemory, window: int) -> None:
+        """Decode steps read this memory from now on; waits for the device."""
+        self.wait()
+        self.steps.renew(memory, window)
 
     def run(self, works: list[Work]) -> list[tuple[Sequence, Sampled]]:
         if self.decodes(works):

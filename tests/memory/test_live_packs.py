@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from server.batch import Batch
 from server.errors import CapacityError, Conflict, EngramError, NotFound, PackError, RequestError
 from server.runtime import attach
 from server.runtime.attach import MemoryChanges
 from server.runtime.engine import Engine
 from server.runtime.load import load
 from server.runtime.messages import MemoryUpdated, SamplingParams, Submit, UpdateMemory
+from server.runtime.overlap import OverlappedEngine
 from server.runtime.process import build_engine
 from tests.engines import engine_on, logits_of, outputs_of, settings_for, tokens_of
 
@@ -26,9 +30,9 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 class Live:
     """An engine whose memories change as the engine process changes them: between steps."""
 
-    def __init__(self, model: Path, *memory: str, **flags: Any) -> None:
+    def __init__(self, model: Path, *memory: str, device_path: bool = False, **flags: Any) -> None:
         settings = settings_for(str(model), memory=memory, **flags)
-        loaded = load(settings)
+        loaded = load(settings, device_path=device_path)
         self.engine: Engine = build_engine(settings, loaded)
         self.changes = MemoryChanges(self.engine, settings, loaded)
 
@@ -43,6 +47,13 @@ class Live:
         if answers[0].error is not None:
             raise answers[0].error
         return answers[0]
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "on the device"])
+def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether decode steps are those of a GPU, without graphs, kernels by their torch references."""
+    monkeypatch.setattr("kernels.language.interpreting", False)
+    return bool(request.param)
 
 
 @pytest.fixture
@@ -62,7 +73,7 @@ def test_an_attached_pack_gives_what_it_gives_when_attached_at_start(
 
 
 def test_running_sequences_keep_what_they_started_with(
-    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...]
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...], device_path: bool
 ) -> None:
     """Streams with a, b and neither run while b comes, a goes, and another pack takes a's name."""
     expected = {}
@@ -71,7 +82,7 @@ def test_running_sequences_keep_what_they_started_with(
         expected[packs] = tokens_of(outputs_of(made, [Submit("x", prompt[:20], GREEDY, packs)])["x", 0])
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
 
-    live = Live(tiny_llama_folder, f"a={pack_a}")
+    live = Live(tiny_llama_folder, f"a={pack_a}", device_path=device_path)
     collected: dict[str, list[int]] = {}
 
     def step() -> None:
@@ -96,10 +107,52 @@ def test_running_sequences_keep_what_they_started_with(
     assert collected["with b"] == collected["new a"] == expected["b",]
 
 
-def test_tables_are_closed_when_the_last_sequence_that_reads_them_has_ended(
-    tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...]
+@pytest.mark.parametrize("tier", ["mapped", "pinned"])
+def test_decode_steps_on_the_device_read_packs_that_came_later(
+    tiny_llama_folder: Path,
+    pack_a: Path,
+    pack_b: Path,
+    prompt: tuple[int, ...],
+    tier: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    live = Live(tiny_llama_folder, f"a={pack_a}")
+    monkeypatch.setattr("kernels.language.interpreting", False)
+    live = Live(tiny_llama_folder, f"a={pack_a}", placement=(tier,), device_path=True)
+    engine = live.engine
+    assert isinstance(engine, OverlappedEngine)
+    outputs_of(engine, [Submit("before", prompt[:9], GREEDY, ("a",))])
+    counted = {c.table: c.rows for c in engine.stats().memory}
+    assert min(counted.values()) > 0
+    live.update("b", pack_b)
+    assert {c.table: c.rows for c in engine.stats().memory} == counted  # what was counted stays
+    memories = engine.runner.memories
+    assert memories is not None
+    by_the_host, begin = [], memories.begin
+
+    def noted(batch: Batch) -> Any:
+        by_the_host.append(batch.num_tokens)
+        return begin(batch)
+
+    memories.begin = noted  # type: ignore[method-assign]
+    ahead = engine.launched_ahead
+    outputs_of(engine, [Submit("both", prompt[:9], GREEDY, ("a", "b")), Submit("one", prompt[:9], GREEDY, ("b",))])
+    assert 1 not in by_the_host and 2 not in by_the_host  # prefill alone
+    assert engine.launched_ahead >= ahead + 20
+    rows = {c.table: c.rows for c in engine.stats().memory}
+    assert rows["a/1"] > counted["a/1"] and rows["b/1"] > 0
+    pack = memories.packs[0]
+    table = weakref.ref(next(iter(pack.tables.values())))
+    live.update("a")
+    live.changes.settle()
+    del pack
+    gc.collect()
+    assert table() is None  # nothing holds on to a table that has left
+
+
+def test_tables_are_closed_when_the_last_sequence_that_reads_them_has_ended(
+    tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...], device_path: bool
+) -> None:
+    live = Live(tiny_llama_folder, f"a={pack_a}", device_path=device_path)
     memories = live.engine.runner.memories
     assert memories is not None
     (pack,) = memories.packs
@@ -131,16 +184,21 @@ def test_a_pack_attached_again_is_another_to_the_prefix_cache(
 
 
 def test_a_longer_ngram_widens_the_windows_of_those_who_run(
-    tiny_llama_folder: Path, make_pack: Callable[..., Path], prompt: tuple[int, ...]
+    tiny_llama_folder: Path, make_pack: Callable[..., Path], prompt: tuple[int, ...], device_path: bool
 ) -> None:
     longer = make_pack("longer", 5, orders=(2, 3, 4))
-    live = Live(tiny_llama_folder)
-    live.engine.submit(Submit("bare", prompt[:20], GREEDY))
-    live.engine.step()
-    live.update("longer", longer)
-    outputs_of(live.engine, [])
+    live = Live(tiny_llama_folder, device_path=device_path)
     at_start = engine_on(str(tiny_llama_folder), memory=(f"longer={longer}",))
-    assert torch.equal(logits_of(live.engine, prompt, ("longer",)), logits_of(at_start, prompt, ("longer",)))
+    asked = [Submit("bare", prompt[:20], GREEDY), Submit("longer", prompt[:20], GREEDY, ("longer",))]
+    expected = {name: tokens_of(told) for (name, _), told in outputs_of(at_start, asked).items()}
+    live.engine.submit(asked[0])
+    told = [*live.engine.step().outputs, *live.engine.step().outputs]
+    live.update("longer", longer)
+    others = outputs_of(live.engine, asked[1:])
+    assert tokens_of([*told, *others["bare", 0]]) == expected["bare"]
+    assert tokens_of(others["longer", 0]) == expected["longer"]
+    if not device_path:  # whose norms are kernels
+        assert torch.equal(logits_of(live.engine, prompt, ("longer",)), logits_of(at_start, prompt, ("longer",)))
 
 
 def test_what_cannot_be_changed_is_refused_and_changes_nothing(

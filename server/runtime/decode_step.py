@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kernels.sampling import Filters, sample
 from server.batch import Bools, DecodeBatch, Ints
@@ -33,6 +32,7 @@ from server.models.attention.paged import PagedBackend
 from server.models.decoder import Decoder, MemoryStep
 from server.runtime.decode_graph import DecodeGraph, ran_out
 from server.runtime.decode_inputs import Sampling, StepInputs
+from server.runtime.launched import Launched, Turn
 from server.view import MemoryView
 
 logger = logging.getLogger(__name__)
@@ -85,36 +85,6 @@ class DeviceMemory(Protocol):
 def bucket_sizes(most: int) -> tuple[int, ...]:
     """1, 2, 4, 8, 16, 24, 32, … and `most` itself."""
     return tuple(sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most}))
-
-
-class Launched:
-    """A step on its way. `logits[B, V]` in fp32 are the graph's own: valid until the next launch."""
-
-    def __init__(self, host: Tensor, logits: Tensor, done: torch.cuda.Event | None) -> None:
-        self._host, self._done, self.logits = host, done, logits
-        self._tokens: list[int] | None = None
-
-    def tokens(self) -> list[int]:
-        """[B] the sampled ids, without dummies. Waits for the step."""
-        if self._tokens is None:
-            if self._done is not None:
-                self._done.synchronize()
-            self._tokens = self._host.tolist()
-        return self._tokens
-
-
-class Turn:
-    """A host copy of a step's tokens; two take turns, so that a step may be launched before the last one is read."""
-
-    def __init__(self, most: int, pinned: bool) -> None:
-        self.host = torch.zeros(most, dtype=torch.int64, pin_memory=pinned)
-        self.done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-        self.launched: Launched | None = None
-
-    def finish(self) -> None:
-        """Before the copy is written again: whoever has not read its tokens yet gets them."""
-        if self.launched is not None:
-            self.launched.tokens()
 
 
 class DecodeSteps:

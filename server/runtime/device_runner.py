@@ -21,7 +21,8 @@ import torch
 from server.batch import Bools, Ints
 from server.errors import StepFailed
 from server.runtime.decode_inputs import Sampling
-from server.runtime.decode_step import DecodeSteps, DeviceMemory, Launched
+from server.runtime.decode_step import DecodeSteps, DeviceMemory
+from server.runtime.launched import Launched
 from server.runtime.runner import Runner
 from server.runtime.sampler import LEAST_SHARE, Sampled, is_plain
 from server.runtime.scheduler import Work

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import EngramError
-from server.runtime.decode_step import Launched
 from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
+from server.runtime.launched import Launched
 from server.runtime.messages import StepOutputs, TokenOutput
 from server.runtime.scheduler import Work
 

@@ -14,8 +14,9 @@ from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
 from server.runtime import device_path
 from server.runtime.decode_inputs import Sampling
-from server.runtime.decode_step import DecodeSteps, Launched
+from server.runtime.decode_step import DecodeSteps
 from server.runtime.device_path import DevicePath
+from server.runtime.launched import Launched
 from server.view import BARE
 from tests.decoders import BLOCK_SIZE, KINDS, chosen, logits_of, random_decoder
 

@@ -28,7 +28,8 @@ from server.models.attention.paged import PagedBackend
 from server.models.config import ModelConfig
 from server.models.decoder import Decoder
 from server.runtime.decode_inputs import Sampling
-from server.runtime.decode_step import DecodeSteps, Launched
+from server.runtime.decode_step import DecodeSteps
+from server.runtime.launched import Launched
 from server.view import MemoryView
 
 BLOCK_SIZE = 32

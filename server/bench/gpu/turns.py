@@ -20,7 +20,7 @@ import torch
 from server.bench.gpu.timing import event, synchronize
 from server.bench.paired import ratio
 from server.cache.counters import LayerCounters
-from server.runtime.decode_step import Launched
+from server.runtime.launched import Launched
 
 WARM_WAVES = 2
 LEAST_WAVES = 12

@@ -26,8 +26,8 @@ from server.runtime.host import available_memory
 from server.settings import GIB, Settings
 
 DEFAULT_KV_BYTES = 2 * GIB
-# Of a GPU's memory beside weights, staging, hot rows and the tables that were asked there; the rest is for small tables,
-# activations, graphs and the workspaces of matrix products.
+# Of a GPU's memory beside weights, staging, hot rows and the tables that were asked there; the rest is for small
+# tables, activations, graphs and the workspaces of matrix products.
 GPU_SHARE = 0.75
 
 

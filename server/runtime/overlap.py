@@ -8,9 +8,10 @@ A step is launched ahead only if nothing else could be done instead: all its seq
 a place, blocks suffice. Whoever turns out to have ended in step n (a stop token, an abort) has one token too many
 computed in step n + 1, which is discarded. Its blocks and its row are given back at once, while that step may still
 write to them: everything the device does is in one stream, so that whoever gets them next writes after it; and a block
-that step n + 1 writes to is not full before it, so nobody can have found it by its prefix. A launch ahead that fails, at
-a table that the host reads for it, takes nothing from step n: step n + 1 is launched again when it is due, if anybody is
-left in it, and fails then. What reads tokens or logits on the host goes one step after another, as in `Engine`.
+that step n + 1 writes to is not full before it, so nobody can have found it by its prefix. A launch ahead that fails,
+at a table that the host reads for it, takes nothing from step n: step n + 1 is launched again when it is due, if
+anybody is left in it, and fails then. What reads tokens or logits on the host goes one step after another, as in
+`Engine`.
 """
 
 from __future__ import annotations

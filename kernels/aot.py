@@ -1,14 +1,18 @@
 """Every kernel compiled to cubin for sm_80 and sm_90 without a GPU, by Triton's own ptxas: `python -m kernels.aot`.
 
-What the interpreter cannot see shows here: an operator that this Triton lacks, code that ptxas rejects, and loads
-that lost their width because an address lost its alignment. Prints one line a kernel and target; exit status 1 on a
-failure.
+What the interpreter cannot see shows here: an operator that this Triton lacks, code that ptxas rejects, loads that lost
+their width because an address lost its alignment, and registers that do not suffice. Prints one line a kernel and
+target; exit status 1 on a failure.
 """
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "0")  # see kernels/language.py
@@ -33,13 +37,16 @@ CAPABILITIES = (80, 90)
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched: the types of its arguments in order, its constants, the width its loads must have."""
+    """A kernel as it is launched: the types of its arguments in order, its constants, the width its loads must have,
+    the warps of a program; `stack`: bytes a thread may spill."""
 
     name: str
     kernel: Any
     types: tuple[str, ...]
     constants: dict[str, Any]
     vector: str | None = None
+    warps: int = 4
+    stack: int = 0
 
 
 def cases() -> Iterator[Case]:
@@ -113,9 +120,11 @@ def cases() -> Iterator[Case]:
     yield Case(
         "sampling",
         sampling.sample_kernel,
-        ("*fp32", "*fp32", "*i64", "*i64", "*i64", "i32", "i32"),
-        dict(BLOCK=4096),
+        ("*fp32", "*fp32", "*i64", "*fp32", "*fp32", "*i64", "*i64", "*i64", "*fp32", "*i32", "i32", "i32"),
+        dict(FILTER=True, LIST=4096, BLOCK=4096),
         vector="ld.global.v4",
+        warps=sampling.WARPS,
+        stack=16,  # under Triton 3.6
     )
     yield Case(
         "write_kv", paged_attention.write_kernel, ("*bf16", "*i64", "*bf16", "i32"), dict(WIDTH=2048, BLOCK=2048),
@@ -140,6 +149,7 @@ def cases() -> Iterator[Case]:
         paged_attention.prefill_kernel,
         ("*bf16", "*bf16", "*i64", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
         {**heads, "HEADS": 32, "BLOCK_Q": 64, "BLOCK": 64},
+        stack=64,  # on sm_80: a few registers of 255
     )
 
 
@@ -191,7 +201,22 @@ def compiled(case: Case, capability: int) -> Any:
         if kind.startswith("*") or (kind == "i32" and (name.endswith("stride") or name == "vocab"))
     }
     source = ASTSource(case.kernel, signature, {(places[n],): v for n, v in case.constants.items()}, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread ("REG") and bytes of its stack ("STACK"), where registers that did not suffice are spilled to;
+    empty where Triton brings no tool to ask."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"\b(REG|STACK):(\d+)", told)}
 
 
 def check(case: Case, capability: int, say: Callable[[str], None] = print) -> bool:
@@ -203,7 +228,12 @@ def check(case: Case, capability: int, say: Callable[[str], None] = print) -> bo
     if case.vector is not None and case.vector not in assembly["ptx"]:
         say(f"FAILED  {case.name}, sm_{capability}: no {case.vector} in its PTX; a load lost its width")
         return False
-    say(f"ok      {case.name}, sm_{capability}: {len(assembly['cubin']):,} bytes")
+    used = usage(assembly["cubin"])
+    words = f"{len(assembly['cubin']):,} bytes, {used.get('REG', '?')} registers"
+    if used.get("STACK", 0) > case.stack:
+        say(f"FAILED  {case.name}, sm_{capability}: {words}, {used['STACK']} bytes of stack; registers are spilled")
+        return False
+    say(f"ok      {case.name}, sm_{capability}: {words}")
     return True
 
 

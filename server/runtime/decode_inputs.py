@@ -1,7 +1,7 @@
 """Inputs of a decode step: static tensors on the device, filled by one copy from one pinned host buffer.
 
-    host, in turn   ┌ integers [7, most] ┬ temperature [most] ┬ sees [K, most] ┐
-                    └────────────────────┴── one copy ────────┴────────────────┘ ─► the same bytes on the device
+    host, in turn   ┌ integers [8, most] ┬ shares [3, most] ┬ sees [K, most] ┐
+                    └────────────────────┴── one copy ──────┴────────────────┘ ─► the same bytes on the device
 
 There are two host buffers: while the copy from one may still be queued behind the step in flight, the next step's is
 written to the other. Columns beyond the step's sequences are dummies. Shapes: `most` sequences of the largest bucket,
@@ -11,6 +11,7 @@ K packs. Knows rows, positions and blocks; nothing of sequences or models.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,36 +20,57 @@ from torch import Tensor
 
 from server.batch import Bools, Ints
 
-LANES = ("row_of", "positions", "context_len", "slots", "pages", "blocks", "seeds")
+LANES = ("row_of", "positions", "context_len", "slots", "pages", "blocks", "seeds", "top_k")
+SHARES = ("temperature", "top_p", "min_p")
+
+
+class Sampling(NamedTuple):
+    """How the next token of each of B sequences is chosen: temperature[B] (0: the most likely); seeds[B], int64 bits;
+    top_k[B] (0: all), top_p[B] (1: all), min_p[B] (0: all)."""
+
+    temperature: npt.NDArray[np.float32]
+    seeds: Ints
+    top_k: Ints
+    top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
+
+    @classmethod
+    def plain(cls, temperature: npt.NDArray[np.floating], seeds: Ints) -> Sampling:
+        """From all tokens."""
+        heat = np.asarray(temperature, np.float32)
+        return cls(heat, seeds, np.zeros(len(heat), np.int64), np.ones_like(heat), np.zeros_like(heat))
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The parts of one buffer: integers[7, most] int64 in the order of `LANES`, temperature[most] fp32, sees[K, most].
+    """The parts of one buffer: integers[8, most] int64 in the order of `LANES`, shares[3, most] fp32 in that of
+    `SHARES`, sees[K, most].
 
     pages       the column of each position's page in its row of the block table
     blocks      the block that this page is
+    top_k       0: all
     """
 
     integers: Tensor
-    temperature: Tensor
+    shares: Tensor
     sees: Tensor
 
     @classmethod
     def of(cls, buffer: Tensor, most: int, packs: int) -> Fields:
-        first, second = len(LANES) * most * 8, len(LANES) * most * 8 + most * 4
+        first = len(LANES) * most * 8
+        second = first + len(SHARES) * most * 4
         return cls(
             buffer[:first].view(torch.int64).view(len(LANES), most),
-            buffer[first:second].view(torch.float32),
+            buffer[first:second].view(torch.float32).view(len(SHARES), most),
             buffer[second:].view(torch.bool).view(packs, most),
         )
 
     def lane(self, name: str) -> Tensor:
-        return self.integers[LANES.index(name)]
+        return self.integers[LANES.index(name)] if name in LANES else self.shares[SHARES.index(name)]
 
 
 def buffer_bytes(most: int, packs: int) -> int:
-    return most * (len(LANES) * 8 + 4 + packs)
+    return most * (len(LANES) * 8 + len(SHARES) * 4 + packs)
 
 
 class HostBuffer:
@@ -58,7 +80,7 @@ class HostBuffer:
         self.bytes = torch.zeros(buffer_bytes(most, packs), dtype=torch.uint8, pin_memory=pinned)
         fields = Fields.of(self.bytes, most, packs)
         self.integers: Ints = fields.integers.numpy()
-        self.temperature: npt.NDArray[np.float32] = fields.temperature.numpy()
+        self.shares: npt.NDArray[np.float32] = fields.shares.numpy()
         self.sees: Bools = fields.sees.numpy()
         self.copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
@@ -70,12 +92,12 @@ class StepInputs:
         self, most: int, packs: int, *, dummy_row: int, dummy_block: int, block_size: int, device: torch.device
     ) -> None:
         self.block_size = block_size
-        self.dummy = np.array([dummy_row, 0, 1, dummy_block * block_size, 0, dummy_block, 0], np.int64)[:, None]
+        self.dummy = np.array([dummy_row, 0, 1, dummy_block * block_size, 0, dummy_block, 0, 0], np.int64)[:, None]
         self._host = [HostBuffer(most, packs, device.type == "cuda") for _ in range(2)]
         self._bytes = torch.zeros(buffer_bytes(most, packs), dtype=torch.uint8, device=device)
         self.fields = Fields.of(self._bytes, most, packs)
         empty = np.zeros(0, np.int64)
-        self.send(most, empty, empty, empty, np.zeros(0), empty, np.zeros((packs, 0), np.bool_))
+        self.send(most, empty, empty, empty, Sampling.plain(np.zeros(0), empty), np.zeros((packs, 0), np.bool_))
 
     def send(
         self,
@@ -83,8 +105,7 @@ class StepInputs:
         rows: Ints,
         positions: Ints,
         blocks: Ints,
-        temperature: npt.NDArray[np.floating],
-        seeds: Ints,
+        sampling: Sampling,
         sees: Bools,
     ) -> None:
         """Columns [0, bucket) of the next step: these sequences, then dummies. Returns before the copy is done."""
@@ -95,11 +116,14 @@ class StepInputs:
         pages = positions // self.block_size
         slots = blocks * self.block_size + positions % self.block_size
         for lane, values in zip(
-            host.integers, (rows, positions, positions + 1, slots, pages, blocks, seeds), strict=True
+            host.integers,
+            (rows, positions, positions + 1, slots, pages, blocks, sampling.seeds, sampling.top_k),
+            strict=True,
         ):
             lane[:count] = values
         host.integers[:, count:bucket] = self.dummy
-        host.temperature[:count], host.temperature[count:bucket] = temperature, 0.0
+        host.shares[:, :count] = sampling.temperature, sampling.top_p, sampling.min_p
+        host.shares[:, count:bucket] = 0.0  # the most likely token
         host.sees[:, :count], host.sees[:, count:bucket] = sees, False
         self._bytes.copy_(host.bytes, non_blocking=True)
         if host.copied is not None:

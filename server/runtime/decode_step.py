@@ -21,18 +21,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.sampling import sample
+from kernels.sampling import Filters, sample
 from server.batch import Bools, DecodeBatch, Ints
 from server.errors import CapacityError
 from server.memory.staged_rows import Place, Windows
 from server.models.attention.paged import PagedBackend
 from server.models.decoder import Decoder, MemoryStep
 from server.runtime.decode_graph import DecodeGraph, ran_out
-from server.runtime.decode_inputs import StepInputs
+from server.runtime.decode_inputs import Sampling, StepInputs
 from server.view import MemoryView
 
 WARM_UPS = 2  # before a capture: the first compiles, the second finds what the first left behind
@@ -209,8 +208,7 @@ class DecodeSteps:
         rows: Ints,
         positions: Ints,
         blocks: Ints,
-        temperatures: npt.NDArray[np.floating],
-        seeds: Ints,
+        sampling: Sampling,
         views: Sequence[MemoryView],
         askers: Ints | None = None,
         windows: Windows | None = None,
@@ -218,10 +216,10 @@ class DecodeSteps:
         """Computes the next token of B sequences; returns at once, or once the host has brought their rows.
 
         rows[B], positions[B] of the tokens to compute, which stand in the token table; blocks[B]: the KV block of
-        each position, entered into the rows of the block table by the step itself; temperatures[B] (0: greedy);
-        seeds[B] as int64 bits; views[B]; askers[B]: which request each is of, where anybody counts; windows(): the
-        n-grams that end at these tokens and what of them is blocked, [B, n], asked for where the host reads rows, in
-        the midst of the launch. The sampled tokens are written at the next position.
+        each position, entered into the rows of the block table by the step itself; views[B]; askers[B]: which request
+        each is of, where anybody counts; windows(): the n-grams that end at these tokens and what of them is blocked,
+        [B, n], asked for where the host reads rows, in the midst of the launch. The sampled tokens are written at the
+        next position.
         """
         count = len(rows)
         bucket = next(size for size in self.buckets if size >= count)
@@ -229,7 +227,7 @@ class DecodeSteps:
         if self.memory is not None:
             self.memory.prepare(views, askers, positions, windows)
         sees = self.memory.sees(views) if self.memory is not None else np.zeros((0, count), np.bool_)
-        self.inputs.send(bucket, rows, positions, blocks, temperatures, seeds, sees)
+        self.inputs.send(bucket, rows, positions, blocks, sampling, sees)
         if bucket in self.captured:
             self.captured[bucket].replay(self._arrive)
         else:
@@ -277,7 +275,11 @@ class DecodeSteps:
         self.attention.plan_decode(batch)
         hidden = self.model.states(batch.token_ids, batch.positions, self.attention, memory)
         logits = self.model.logits(hidden, out=self._logits[:bucket])
-        sampled = sample(logits, fields.temperature[:bucket], fields.lane("seeds")[:bucket], batch.context_len)
+        top_k, top_p, min_p, heat, seeds = (
+            fields.lane(name)[:bucket] for name in ("top_k", "top_p", "min_p", "temperature", "seeds")
+        )
+        everything = torch.where(top_k > 0, top_k, logits.shape[1])
+        sampled = sample(logits, heat, seeds, batch.context_len, Filters(everything, top_p, min_p))
         self.tokens.index_put_((batch.row_of, self.pad + batch.context_len), sampled)
         self._sampled[:bucket].copy_(sampled)
         if memory is not None:

@@ -20,9 +20,10 @@ import torch
 
 from server.batch import Bools, Ints
 from server.errors import StepFailed
+from server.runtime.decode_inputs import Sampling
 from server.runtime.decode_step import DecodeSteps, Launched
 from server.runtime.runner import Runner
-from server.runtime.sampler import Sampled, is_plain
+from server.runtime.sampler import LEAST_SHARE, Sampled, is_plain
 from server.runtime.scheduler import Work
 from server.runtime.sequence import Sequence
 
@@ -34,7 +35,6 @@ class DeviceRunner(Runner):
         """`steps`, and what a Runner takes. All of it works on one stream."""
         super().__init__(*arguments, **sizes)
         self.steps = steps
-        self.vocab = steps.model.config.vocab_size
         self._next = np.full(len(self.table.tokens), STALE)  # row → the position that the device can compute next
         self._last: tuple[Ints, Launched] | None = None  # the rows of the step before, and that step
 
@@ -71,7 +71,7 @@ class DeviceRunner(Runner):
 
     def are_plain(self, sequences: Items[Sequence]) -> bool:
         """Whether the device samples for them alone, so that nobody has to look at logits."""
-        return all(is_plain(sequence, self.vocab) for sequence in sequences)
+        return all(is_plain(sequence) for sequence in sequences)
 
     def launch(self, works: list[Work]) -> Launched:
         """Starts a decode step; its tokens may be those that the step before it has yet to sample."""
@@ -89,8 +89,7 @@ class DeviceRunner(Runner):
             rows,
             positions,
             self.table.blocks[rows, positions // self.block_size],
-            np.array([sequence.params.temperature for sequence in sequences], np.float32),
-            np.array([sequence.seed for sequence in sequences], np.uint64).view(np.int64),
+            sampling_of(sequences),
             [sequence.view for sequence in sequences],
             self._askers(sequences) if self._counts_askers else None,
             windows,
@@ -116,7 +115,7 @@ class DeviceRunner(Runner):
         """Waits for a step and returns each sequence's token. Before the next launch, unless all are plain."""
         sequences = [work.sequence for work in works]
         sampled = [Sampled(token, None) for token in launched.tokens()]
-        special = [i for i, sequence in enumerate(sequences) if not is_plain(sequence, self.vocab)]
+        special = [i for i, sequence in enumerate(sequences) if not is_plain(sequence)]
         if special:
             chosen = self.sample(launched.logits[special], [sequences[i] for i in special])
             for i, token in zip(special, chosen, strict=True):
@@ -136,6 +135,17 @@ class DeviceRunner(Runner):
         each = np.repeat(rows, known.sum(1))
         self.steps.write_tokens(each, at[known], self.table.tokens[each, self.table.pad + at[known]])
         self.steps.write_blocks(rows, self.table.blocks[rows])
+
+
+def sampling_of(sequences: Items[Sequence]) -> Sampling:
+    params = [sequence.params for sequence in sequences]
+    return Sampling(
+        np.array([each.temperature for each in params], np.float32),
+        np.array([sequence.seed for sequence in sequences], np.uint64).view(np.int64),
+        np.array([each.top_k for each in params], np.int64),
+        np.array([max(each.top_p, LEAST_SHARE) for each in params], np.float32),
+        np.array([each.min_p for each in params], np.float32),
+    )
 
 
 def _told(work: Work) -> bool:

@@ -3,8 +3,10 @@
     logits ─ bias, penalties, min_tokens, grammar ─► greedy rows: argmax
                                                  └► others: / temperature ─ filters ─ inverse CDF at u(seed, pos)
 
-Sampling reads a row's cumulative distribution, most likely token first, at one uniform number: batch composition
-cannot change the draw. Log-probabilities are those of the model's own logits, before any of the above.
+Sampling reads the cumulative distribution of what the filters keep, in the vocabulary's order, at one uniform number:
+batch composition cannot change the draw, and a decode step on a GPU (`kernels/sampling.py`) makes the same. Of equally
+likely tokens at a filter's edge the first in the vocabulary stay. Log-probabilities are those of the model's own
+logits, before any of the above.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import language
+from kernels import sampling as kernel
 from server.runtime.grammar import constrain_
 from server.runtime.messages import Logprobs
 from server.runtime.philox import uniform
@@ -23,6 +27,7 @@ from server.runtime.sequence import Sequence
 # Sorting a whole vocabulary costs milliseconds per row; the most likely tokens nearly always hold all the mass that
 # top-p keeps. Where they do not, the row is sorted whole.
 SHORTLIST = 512
+LEAST_SHARE = 1e-9  # a top_p of 0 in fp32 would keep nothing on a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ def adjust_(logits: Tensor, sequences: list[Sequence]) -> None:
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """One token per row of logits[N, V] at temperature > 0 → int64 [N]."""
+    if logits.is_cuda and language.available:
+        return draw_on_device(logits, sequences)
     device = logits.device
     vocab = logits.shape[1]
     temperature = torch.tensor([s.params.temperature for s in sequences], dtype=logits.dtype, device=device)
@@ -81,17 +88,34 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     u = uniform(np.array([s.seed for s in sequences], np.uint64), np.array([s.length for s in sequences], np.uint64))
     points = torch.from_numpy(u).to(device)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=device)
-    plain = [i for i, s in enumerate(sequences) if not _filtered(s, vocab)]
+    plain = [i for i, s in enumerate(sequences) if not is_filtered(s, vocab)]
     if plain:
         tokens[plain] = _invert(probabilities[plain].double().cumsum(-1), points[plain])
     for i, sequence in enumerate(sequences):
-        if _filtered(sequence, vocab):
+        if is_filtered(sequence, vocab):
             tokens[i] = _draw_filtered(probabilities[i], sequence, points[i])
     return tokens
 
 
-def is_plain(sequence: Sequence, vocab: int) -> bool:
-    """Whether its next token is the largest logit, or drawn at its temperature, and nothing more is asked for."""
+def draw_on_device(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """The same by the kernel of decode steps."""
+    params, device = [sequence.params for sequence in sequences], logits.device
+    return kernel.sample(
+        logits,
+        torch.tensor([each.temperature for each in params], device=device),
+        torch.tensor([sequence.seed for sequence in sequences], dtype=torch.uint64).view(torch.int64).to(device),
+        torch.tensor([sequence.length for sequence in sequences], device=device),
+        kernel.Filters(
+            torch.tensor([each.top_k or logits.shape[1] for each in params], device=device),
+            torch.tensor([max(each.top_p, LEAST_SHARE) for each in params], device=device),
+            torch.tensor([each.min_p for each in params], device=device),
+        ),
+    )
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether its next token is the largest of the model's own logits, or drawn from them, filtered or not, and nothing
+    more is asked for."""
     params = sequence.params
     return (
         sequence.constraint is None
@@ -101,11 +125,10 @@ def is_plain(sequence: Sequence, vocab: int) -> bool:
         and not params.presence_penalty
         and not params.frequency_penalty
         and not (sequence.generated < params.min_tokens and sequence.stop_ids)
-        and not (params.temperature > 0 and _filtered(sequence, vocab))
     )
 
 
-def _filtered(sequence: Sequence, vocab: int) -> bool:
+def is_filtered(sequence: Sequence, vocab: int) -> bool:
     params = sequence.params
     return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
 
@@ -121,8 +144,19 @@ def _draw_filtered(probabilities: Tensor, sequence: Sequence, point: Tensor) -> 
         kept = _kept(values, params.top_p, params.min_p, 1.0)
     if limit < vocab:
         kept = _kept(values, params.top_p, params.min_p, float(values.double().sum()))
-    cumulative = values[:kept].double().cumsum(-1)
-    return ids[_invert(cumulative[None], point[None])[0]]
+    chosen = _first_of_equals(probabilities, values, ids, kept).sort().values
+    cumulative = probabilities[chosen].double().cumsum(-1)
+    return chosen[_invert(cumulative[None], point[None])[0]]
+
+
+def _first_of_equals(probabilities: Tensor, values: Tensor, ids: Tensor, kept: int) -> Tensor:
+    """ids[kept] of the most likely tokens; `topk` may have taken any of those that are as likely as the last."""
+    last = values[kept - 1]
+    surely = int((values[:kept] > last).sum())
+    if surely == kept - 1 and (kept < len(values) and values[kept] < last):
+        return ids[:kept]
+    equals = (probabilities == last).nonzero()[:, 0]
+    return torch.cat((ids[:surely], equals[: kept - surely]))
 
 
 def _kept(values: Tensor, top_p: float, min_p: float, total: float) -> int:

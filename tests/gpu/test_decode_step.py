@@ -13,6 +13,7 @@ from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder
 from server.runtime import device_path
+from server.runtime.decode_inputs import Sampling
 from server.runtime.decode_step import DecodeSteps, Launched
 from server.runtime.device_path import DevicePath
 from server.view import BARE
@@ -50,7 +51,7 @@ def launch(steps: DecodeSteps, count: int, position: int, temperature: float = 0
     rows = np.arange(count)
     blocks = 1 + rows * PAGES + position // BLOCK_SIZE
     heat, seeds = np.full(count, temperature, np.float32), rows * 77
-    return steps.launch(rows, np.full(count, position), blocks, heat, seeds, [BARE] * count)
+    return steps.launch(rows, np.full(count, position), blocks, Sampling.plain(heat, seeds), [BARE] * count)
 
 
 def run(steps: DecodeSteps, count: int, length: int, temperature: float = 0.0) -> list[list[int]]:

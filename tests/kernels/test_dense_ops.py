@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import gated_product, rms_norm, rotary, sampling
+from kernels import gated_product, language, rms_norm, rotary, sampling
 from server.runtime.philox import uniform
 
 
@@ -87,6 +87,65 @@ def test_a_draw_is_where_the_mass_passes_the_noise_of_its_seed_and_position(
         assert (mass - noise[row]).abs().min() > 1e-6  # no rounding decides this draw
         expected[row] = int((mass > noise[row]).nonzero()[0])
     assert torch.equal(implementation(logits, temperature, seeds, positions), expected)
+
+
+def kept_by(weights: list[float], top_k: int, top_p: float, min_p: float) -> tuple[set[int], float]:
+    """What the filters' definition leaves of the weights, and how near its edges are to another choice."""
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))[:top_k]
+    total, best = sum(weights[i] for i in order), weights[order[0]]
+    left = [i for i in order if weights[i] >= min_p * best]
+    near = min(abs(weights[i] - min_p * best) for i in order)
+    found, before = set(), 0.0
+    for i in left:
+        if top_p < 1:
+            near = min(near, abs(before - top_p * total))
+            if before >= top_p * total:
+                break
+        found.add(i)
+        before += weights[i]
+    return found, near
+
+
+@pytest.mark.parametrize("implementation", [sampling.sample, sampling.reference])
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "with equals"])
+@pytest.mark.parametrize("room", [256, 2], ids=["listed", "whole"])
+def test_a_filtered_draw_is_from_the_tokens_the_filters_leave(
+    implementation, coarse: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "BLOCK", 64)
+    monkeypatch.setattr(sampling, "LIST", room)
+    generator = torch.Generator().manual_seed(3)
+    vocab = 150
+    shares, leasts = (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0), (0.0, 0.05, 0.5, 1.0)
+    choices = [(k, p, m) for k in (1, 2, 7, 60, vocab) for p in shares for m in leasts]
+    if implementation is sampling.sample and language.interpreting and room < 256:  # half a second a row
+        choices = choices[coarse::7]
+    logits = 2 * torch.randn(len(choices), vocab, generator=generator)
+    if coarse:
+        logits = (logits * 2).round() / 2
+    logits[5, 3:] = -torch.inf
+    logits[6] = 0.0
+    temperature = torch.tensor([(0.3, 1.0, 2.5, 0.0)[i % 4] for i in range(len(choices))])
+    seeds = torch.randint(0, 2**62, (len(choices),), generator=generator)
+    positions = torch.randint(0, 2**40, (len(choices),), generator=generator)
+    columns = list(zip(*choices, strict=True))
+    filters = sampling.Filters(torch.tensor(columns[0]), torch.tensor(columns[1]), torch.tensor(columns[2]))
+    found = implementation(logits, temperature, seeds, positions, filters)
+    noise = uniform(seeds.numpy().astype(np.uint64), positions.numpy().astype(np.uint64))
+    clear = 0
+    for row, (top_k, _, _) in enumerate(choices):
+        if temperature[row] == 0:
+            assert found[row] == logits[row].argmax()
+            continue
+        weights = torch.softmax(logits[row].double() / temperature[row].double(), -1)
+        kept, near = kept_by(weights.tolist(), top_k, float(filters.top_p[row]), float(filters.min_p[row]))
+        mass = torch.where(torch.tensor([i in kept for i in range(vocab)]), weights, 0.0).cumsum(0)
+        point = noise[row] * mass[-1]
+        # Equals of fp32 weights may be apart by rounding in float64 and the other way round: 1e-6 decides nothing.
+        if (near > 1e-6 or len(kept) == 1) and (mass - point).abs().min() > 1e-6:
+            clear += 1
+            assert int(found[row]) == int((mass > point).nonzero()[0]), choices[row]
+    assert clear > 0.5 * len(choices)
 
 
 def test_the_reference_noise_is_the_samplers() -> None:

@@ -12,6 +12,7 @@ from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.decoder import Decoder, States
 from server.runtime.decode_graph import undone_if_it_fails
+from server.runtime.decode_inputs import Sampling
 from server.runtime.decode_step import DecodeSteps, bucket_sizes, no_room
 from server.view import BARE
 from tests.decoders import BLOCK_SIZE, chosen, random_decoder
@@ -19,6 +20,10 @@ from tests.decoders import BLOCK_SIZE, chosen, random_decoder
 CPU = torch.device("cpu")
 WINDOW, MAX_LEN = 3, 64
 PROMPTS = [[5, 9, 11, 2, 7, 30, 31, 8, 1], [3], [40, 41, 42, 43]]
+
+
+def greedy(count: int) -> Sampling:
+    return Sampling.plain(np.zeros(count), np.zeros(count, np.int64))
 
 
 @pytest.fixture(params=["references", "interpreter"])
@@ -48,7 +53,13 @@ def prefilled(steps: DecodeSteps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, at = np.array(prompt), np.arange(len(prompt))
         for position in range(len(prompt) - 1):  # through the steps themselves, one token at a time
             steps.write_tokens(np.full(position + 1, row), at[: position + 1], ids[: position + 1])
-            steps.launch(np.array([row]), np.array([position]), table[[position // BLOCK_SIZE]], [0.0], [0], [BARE])
+            steps.launch(
+                np.array([row]),
+                np.array([position]),
+                table[[position // BLOCK_SIZE]],
+                greedy(1),
+                [BARE],
+            )
         steps.write_tokens(np.full(len(prompt), row), at, ids)
     return rows, np.array([len(prompt) - 1 for prompt in PROMPTS]), tables
 
@@ -60,7 +71,7 @@ def run(steps: DecodeSteps, count: int, read_late: bool) -> list[list[int]]:
     waiting = []
     for _ in range(count):
         blocks = tables[np.arange(3), positions // BLOCK_SIZE]
-        waiting.append(steps.launch(rows, positions, blocks, np.zeros(3), np.zeros(3, np.int64), [BARE] * 3))
+        waiting.append(steps.launch(rows, positions, blocks, greedy(3), [BARE] * 3))
         positions = positions + 1
         while len(waiting) > read_late:
             for answer, token in zip(answers, waiting.pop(0).tokens(), strict=True):
@@ -89,7 +100,7 @@ def test_dummies_touch_their_own_row_and_block_only(monkeypatch: pytest.MonkeyPa
     steps = decode_steps(random_decoder("llama"), buckets=(4,))
     steps.write_tokens(np.array([1]), np.array([0]), np.array([7]))
     before = steps.tokens.clone()
-    steps.launch(np.array([1]), np.array([0]), np.array([2]), [0.0], [0], [BARE])
+    steps.launch(np.array([1]), np.array([0]), np.array([2]), greedy(1), [BARE])
     changed = (steps.tokens != before).nonzero().tolist()
     assert {row for row, _ in changed} <= {1, 4} and [1, WINDOW - 1 + 1] in changed
     for layer in steps.attention.cache.layers:
@@ -107,7 +118,7 @@ def test_tokens_never_read_are_kept_while_others_are_launched(monkeypatch: pytes
     for step in range(5):
         at = positions + step
         blocks = tables[np.arange(3), at // BLOCK_SIZE]
-        launched.append(steps.launch(rows, at, blocks, np.zeros(3), np.zeros(3, np.int64), [BARE] * 3))
+        launched.append(steps.launch(rows, at, blocks, greedy(3), [BARE] * 3))
     assert [list(told) for told in zip(*(each.tokens() for each in launched), strict=True)] == expected
 
 

@@ -61,15 +61,17 @@ def prompt_of(seed: int, length: int) -> tuple[int, ...]:
 
 def params_of(data: st.DataObject) -> SamplingParams:
     """Mostly what the device samples for by itself, now and then what needs logits on the host."""
-    drawn = data.draw(st.sampled_from(("greedy", "sampled", "sampled", "filtered", "penalties", "logprobs", "least")))
+    kinds = ("greedy", "sampled", "filtered", "filtered", "penalties", "logprobs", "least")
+    drawn = data.draw(st.sampled_from(kinds))
     return SamplingParams(
         max_tokens=data.draw(st.integers(1, 14)),
         temperature=0.0 if drawn in ("greedy", "least") else 1.0,
         seed=data.draw(st.integers(0, 2**64 - 1)),
         ignore_eos=data.draw(st.booleans()),
         stop_token_ids=frozenset(data.draw(st.sets(st.integers(1, VOCAB - 1), max_size=12))),
-        top_k=5 if drawn == "filtered" else 0,
-        top_p=0.7 if drawn == "filtered" else 1.0,
+        top_k=data.draw(st.sampled_from((0, 1, 5, 40))) if drawn == "filtered" else 0,
+        top_p=data.draw(st.sampled_from((1e-60, 0.3, 0.7, 1.0))) if drawn == "filtered" else 1.0,
+        min_p=data.draw(st.sampled_from((0.0, 0.1, 1.0))) if drawn == "filtered" else 0.0,
         presence_penalty=0.5 if drawn == "penalties" else 0.0,
         logprobs=2 if drawn == "logprobs" else None,
         min_tokens=3 if drawn == "least" else 0,
@@ -136,6 +138,13 @@ def test_decode_steps_are_launched_before_the_last_ones_are_read(folders: dict[s
     outputs = outputs_of(engine, [Submit(f"r{i}", prompt_of(i, 5), GREEDY) for i in range(3)])
     assert all(len(tokens_of(told)) == 10 for told in outputs.values())
     # the prompt gives the first token, the second step is launched when asked for, and eight ahead
+    assert engine.launched_ahead == 8
+
+
+def test_filters_are_the_devices_own(folders: dict[str, str]) -> None:
+    engine = device_engine(folders["llama"])
+    chosen = SamplingParams(max_tokens=10, ignore_eos=True, seed=3, top_k=20, top_p=0.9, min_p=0.01)
+    outputs_of(engine, [Submit(f"r{i}", prompt_of(i, 5), chosen) for i in range(3)])
     assert engine.launched_ahead == 8
 
 

@@ -91,20 +91,26 @@ def multiplied(sizes: Sizes) -> Case:
     )
 
 
-def sampled(sizes: Sizes, degree: float) -> Case:
+def sampled(sizes: Sizes, degree: float, filtered: bool = False) -> Case:
+    """`filtered`: as many chat clients ask, by top_k, top_p and min_p."""
     rows, vocab = sizes.sequences, sizes.model.vocab_size
     logits = 3 * sizes.normal(rows, vocab, dtype=torch.float32)
     temperature = torch.full((rows,), degree, device=sizes.device)
     seeds, positions = sizes.integers(1 << 62, rows), sizes.integers(1 << 30, rows)
-    found = [seeds]
+    found, asked = [seeds], (min(50, vocab), 0.9, 0.02)
+    columns = [torch.full((rows,), value, device=sizes.device) for value in asked]
+    filters = sampling.Filters(*columns) if filtered else None
 
     def work() -> None:
-        found[0] = sampling.sample(logits, temperature, seeds, positions)
+        found[0] = sampling.sample(logits, temperature, seeds, positions, filters)
 
     def deviation() -> float:
         if degree == 0:
             return float((found[0] != logits.argmax(-1)).sum())
-        mass = torch.softmax(logits.double() / degree, -1).cumsum(-1)
+        mass = torch.softmax(logits.double() / degree, -1)
+        if filtered:
+            mass = torch.stack([row.where(sampling.kept(row, *asked), 0.0) for row in mass])
+        mass = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
         noise = [sampling.uniform(s, p) for s, p in zip(seeds.tolist(), positions.tolist(), strict=True)]
         at = torch.tensor(noise, dtype=torch.float64, device=sizes.device)[:, None]
         expected = (mass > at).double().argmax(-1)
@@ -303,6 +309,7 @@ DENSE: dict[str, Callable[[Sizes], Case]] = {
     "gated product": multiplied,
     "sampling, greedy": partial(sampled, degree=0.0),
     "sampling, drawn": partial(sampled, degree=0.8),
+    "sampling, filtered": partial(sampled, degree=0.8, filtered=True),
     "memory gate": gated,
     "short convolution": convolved,
     "STEM rows": stem,

@@ -27,6 +27,7 @@ from server.models.attention.kv_cache import KVCache, kv_bytes_per_token
 from server.models.attention.paged import PagedBackend
 from server.models.config import ModelConfig
 from server.models.decoder import Decoder
+from server.runtime.decode_inputs import Sampling
 from server.runtime.decode_step import DecodeSteps, Launched
 from server.view import MemoryView
 
@@ -185,7 +186,6 @@ class DeviceArm:
         )
         self.steps.write_blocks(self.rows, padded(scene.blocks, self.steps.blocks.shape[1]))
         self.steps.capture()
-        self._greedy, self._seeds = np.zeros(count, np.float32), np.zeros(count, np.int64)
 
     @property
     def graphs(self) -> int:
@@ -212,12 +212,15 @@ class DeviceArm:
             self.rows[some],
             positions,
             blocks,
-            self._greedy[some],
-            self._seeds[some],
+            self._greedy(len(positions)),
             self.views[some],
             windows=partial(self._windows, self.rows[some], positions, self._last),
         )
         return self._last
+
+    @staticmethod
+    def _greedy(count: int) -> Sampling:
+        return Sampling.plain(np.zeros(count), np.zeros(count, np.int64))
 
     def _windows(self, rows: Ints, positions: Ints, last: Launched | None) -> tuple[Ints, Bools]:
         """The text's n-grams, where the host brings their rows: known only once the step before is over, as those of

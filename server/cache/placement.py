@@ -30,6 +30,10 @@ class TableNeed:
     nbytes: int
     step_bytes: int
 
+    @property
+    def pack(self) -> str:
+        return self.name.rpartition("/")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -81,7 +85,7 @@ def place_tables(needs: Sequence[TableNeed], asked: Sequence[str], room: Room) -
 
 def wishes(needs: Sequence[TableNeed], asked: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Table → (tier, the flag that said so). Of several that apply the narrowest counts."""
-    packs = {need.name.rpartition("/")[0] for need in needs}
+    packs = {need.pack for need in needs}
     named = dict(spec.rpartition("=")[::2] for spec in asked)
     for name in named:
         if name and name not in packs and name not in {need.name for need in needs}:
@@ -90,7 +94,7 @@ def wishes(needs: Sequence[TableNeed], asked: Sequence[str]) -> dict[str, tuple[
             )
     found = {}
     for need in needs:
-        keys = (need.name, need.name.rpartition("/")[0], "")
+        keys = (need.name, need.pack, "")
         key = next((key for key in keys if key in named), None)
         tier = "auto" if key is None else named[key]
         found[need.name] = tier, f"--placement {f'{key}=' if key else ''}{tier}"

@@ -4,7 +4,7 @@
     worker       └─ layer 1: gather, decode ─ layer 15: gather, decode ─ idle
 
 One worker, first in first out: lookups take turns in layer order and a layer waits for its own rows, nothing else.
-With prefetch=False the caller's thread fetches inside `wait`, so that the whole fetch counts as stall.
+With prefetch=False the caller's thread fetches inside `wait`, so that on a CPU the whole fetch counts as stall.
 
 Times, in seconds: fetch = issued to ready, stall = really waited, by the layer's own clock (on CUDA its stream's);
 overlap = 1 - Σ stall / Σ fetch.

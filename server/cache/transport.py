@@ -1,12 +1,13 @@
 """Transport: how a decode step on a GPU gets a table's rows, told from where they lie. Knows tables and tiers only.
 
 direct   kernels read the rows themselves, within a CUDA graph: on the device, or in registered RAM
-staged   the host gathers them and a side stream copies them, between two parts of the graph: every other table; and
-         in every prefill
+staged   the host gathers them and a side stream copies them, between two parts of the graph: every other table, and
+         those of the same pack; and in every prefill
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ PLANNED = {
     "pinned": "decode steps look rows up on the GPU once its driver registers the copy",
     "mapped": f"rows are staged: {MAPPED}",
 }
+TOGETHER = "as other tables of its pack are"
 
 
 class Transport(NamedTuple):
@@ -40,3 +42,16 @@ def transport(table: Table, device: torch.device) -> Transport:
     if table.registered:
         return Transport(True, "the GPU reads registered memory")
     return Transport(device.type == "cpu", "the copy is not registered with a GPU")
+
+
+def within_pack(tables: Mapping[str, Table], device: torch.device) -> dict[str, Transport]:
+    """By name, of all tables of a pack: it is staged as a whole or not at all."""
+    own = {name: transport(table, device) for name, table in tables.items()}
+    if all(found.direct for found in own.values()):
+        return own
+    return {name: Transport(False, TOGETHER) if found.direct else found for name, found in own.items()}
+
+
+def planned(tier: str, tiers: Collection[str]) -> str:
+    """Before anything is loaded: of a table in `tier` whose pack has tables in `tiers`."""
+    return f"rows are staged, {TOGETHER}" if tier != "mapped" and "mapped" in tiers else PLANNED[tier]

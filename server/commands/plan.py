@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.cache.transport import PLANNED
+from server.cache.transport import planned
 from server.memory.attached import AttachedPack
 from server.runtime.load import Prepared, prepare, weight_bytes
 from server.settings import Settings
@@ -43,7 +43,8 @@ def lines(prepared: Prepared, settings: Settings) -> list[tuple[str, str, int, s
     if plan.places and settings.device_cache:
         found.append(("hot rows", device, settings.device_cache, "--device-cache"))
     for place in plan.places:
-        how = f"; {PLANNED[place.tier]}" if device != "cpu" else ""
+        tiers = {other.tier for other in plan.places if other.need.pack == place.need.pack}
+        how = f"; {planned(place.tier, tiers)}" if device != "cpu" else ""
         found.append((f"table {place.need.name}", place.tier, place.need.nbytes, place.reason + how))
     if plan.room.host_limit:
         found.append(("most that tables may hold", "RAM", plan.room.host_limit, "--host-memory-limit"))

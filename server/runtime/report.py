@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from server.cache.pinned_table import PinnedTable
-from server.cache.row_table import Table
-from server.cache.transport import transport
+from server.cache.transport import within_pack
 from server.memory.stem import StemPack
 from server.models.prepack import can_prepack
 from server.models.quantize import FEW
@@ -84,18 +83,25 @@ def describe_memory(loaded: Loaded, settings: Settings) -> list[tuple[str, str]]
     return lines
 
 
-def looked_up(table: Table, loaded: Loaded) -> str:
-    """Who looks the table's rows up, on a GPU, and why."""
+def looked_up(loaded: Loaded) -> dict[str, str]:
+    """Table → who looks it up, on a GPU, and why."""
+    assert loaded.memories is not None
     path = loaded.device_path
-    if path is None or path.steps is None:
-        return "staged: no decode step runs on the device"
-    return str(transport(table, loaded.device))
+    found: dict[str, str] = {}
+    for pack in loaded.memories.packs:
+        tables = {table.name: table for table in pack.tables.values()}
+        if path is None or path.steps is None:
+            found |= dict.fromkeys(tables, "staged: no decode step runs on the device")
+        else:
+            found |= {name: str(how) for name, how in within_pack(tables, loaded.device).items()}
+    return found
 
 
 def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     """Where every table went, and why; for copies, how the memory is held; beside a GPU, who looks rows up."""
     assert loaded.memories is not None
     tables = {table.name: table for pack in loaded.memories.packs for table in pack.tables.values()}
+    lookups = looked_up(loaded) if loaded.device.type != "cpu" else {}
     lines = []
     if loaded.plan.room.host_limit:
         limit = f"at most {loaded.plan.room.host_limit:,} bytes, copies and resident pages (--host-memory-limit)"
@@ -103,6 +109,6 @@ def describe_places(loaded: Loaded) -> list[tuple[str, str]]:
     for found in loaded.plan.places:
         table = tables[found.need.name]
         note = f"; {table.note}" if isinstance(table, PinnedTable) else ""
-        how = f"; {looked_up(table, loaded)}" if loaded.device.type != "cpu" else ""
+        how = f"; {lookups[table.name]}" if lookups else ""
         lines.append((f"table {table.name}", f"{found.tier}, {found.need.nbytes:,} bytes ({found.reason}){note}{how}"))
     return lines

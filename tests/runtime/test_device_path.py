@@ -204,7 +204,9 @@ def test_a_step_that_fails_in_flight_ends_its_requests_and_no_others(
         engine.submit(Submit("doomed", prompt_of(1, 10), GREEDY))
         engine.step(), engine.step()
         broken.setattr(engine.runner.steps, "launch", lambda *arguments: 1 / 0)
+        (told,) = engine.step().outputs  # of the step in flight, which did not fail
         failed = engine.step().outputs
+    assert told.finish_reason is None and list(told.token_ids) == expected[2:3]
     assert [o.finish_reason for o in failed] == ["error"] and "division by zero" in str(failed[0].error)
     engine.scheduler.check()
     assert tokens_of(outputs_of(engine, [Submit("after", prompt_of(1, 10), GREEDY)])["after", 0]) == expected

@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 ABSENT = {
-    "fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "uvloop", "httptools", "httpx", "gguf", "locust",
-    "llguidance", "hypothesis",
+    "fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "uvloop", "httptools", "gguf", "locust",
+    "llguidance", "hypothesis", "psutil",
 }  # fmt: skip
 
 SITE = f"""

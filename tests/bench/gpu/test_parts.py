@@ -277,6 +277,35 @@ def test_transformers_computes_the_same_model() -> None:
     assert torch.allclose(logits_of(model, ids[0]), expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_transformers_prefills_every_prompt_and_a_request_that_fails_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.generation.continuous_batching import cache, model_runner
+
+    found, search = [], cache.PagedAttentionCache.search_prefix_match
+
+    def spied(self: Any, request: str, ids: list[int]) -> int:
+        found.append(search(self, request, ids))
+        return found[-1]
+
+    monkeypatch.setattr(cache.PagedAttentionCache, "search_prefix_match", spied)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", None)  # put back after it is replaced
+    monkeypatch.setattr(transformers_peer, "TINY_BLOCKS", {"num_blocks": 12, "max_batch_tokens": 512})
+    monkeypatch.setattr(transformers_peer, "MASKED_AT_ONCE", 2)
+    job = {"shape": "tiny", "device": "cpu", "sequences": 3, "new_tokens": 2, "longest": 600}  # blocks are of 256
+    figures = transformers_peer.main(job)
+    assert found == [0] * 5 and figures["tokens"] == 6 and figures["at_once"] == 2
+    assert "sdpa" in figures["attention"]
+
+    def broken(*arguments: Any) -> None:
+        raise ValueError("out of order")
+
+    monkeypatch.setattr(model_runner.ModelRunner, "compute_batch", broken)
+    with pytest.raises(RuntimeError, match="2 of 2 requests failed: out of order"):
+        transformers_peer.main(job)
+
+
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     from server.models.attention.kv_cache import KVCache
     from server.models.attention.paged import PagedBackend

@@ -52,7 +52,7 @@ class DevicePath:
         if self.paged:
             attention, self.attention = choose_paged(config, cache)
             return attention
-        self._note(f"torch's operators in place of our kernels: {reason}")
+        self.note(f"torch's operators in place of our kernels: {reason}")
         return SdpaBackend(config, cache)
 
     def build(
@@ -71,7 +71,7 @@ class DevicePath:
         if not isinstance(attention, PagedBackend):
             return None
         if not model.without_up <= (memory.up_layers if memory is not None else frozenset()):
-            self._note("decode steps run eagerly: they cannot read the memory that stands in for up-projections")
+            self.note("decode steps run eagerly: they cannot read the memory that stands in for up-projections")
             return None
         device = attention.device
         try:
@@ -89,7 +89,7 @@ class DevicePath:
             )
         except torch.cuda.OutOfMemoryError:
             needed = 4 * max_num_seqs * model.config.vocab_size
-            self._note(
+            self.note(
                 f"decode steps run eagerly: their logits take {needed} bytes, which are not free on {device}; set "
                 f"--max-num-seqs {max(max_num_seqs // 2, 1)} or lower --kv-bytes"
             )
@@ -105,14 +105,14 @@ class DevicePath:
         try:
             steps.warm_up()
         except torch.cuda.OutOfMemoryError:
-            self._note(
+            self.note(
                 f"decode steps run eagerly: one of {steps.most} sequences does not fit into what is free on "
                 f"{steps.device}; set --max-num-seqs {max(steps.most // 2, 1)} or lower --kv-bytes"
             )
             return False
         except Exception as error:
             logger.exception("a decode step on the device failed")
-            self._note(f"decode steps run eagerly, since one on the device failed: {first_line(error)}")
+            self.note(f"decode steps run eagerly, since one on the device failed: {first_line(error)}")
             return False
         return True
 
@@ -121,11 +121,11 @@ class DevicePath:
         try:
             steps.capture()
         except CapacityError as error:
-            self._note(f"decode steps run without CUDA graphs: {error}")
+            self.note(f"decode steps run without CUDA graphs: {error}")
         except Exception as error:
             logger.exception("decode steps could not be captured")
             steps.give_up_graphs()
-            self._note(f"decode steps run without CUDA graphs, since capturing failed: {first_line(error)}")
+            self.note(f"decode steps run without CUDA graphs, since capturing failed: {first_line(error)}")
 
     def report(self) -> list[tuple[str, str]]:
         """Lines of the start-up report."""
@@ -143,7 +143,8 @@ class DevicePath:
             lines.append(("decode", f"on the device, one step ahead, {how}"))
         return lines + [("fallback", note) for note in self.notes]
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """For the log and the start-up report."""
         logger.warning(note)
         self.notes.append(note)
 

@@ -17,12 +17,16 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from server.errors import EngramError, PackError
 from server.logs import configure
 from server.memory.compression import compression_map
 from server.memory.device_memory import DeviceMemory
+from server.memory.memories import Memories
 from server.runtime.attach import MemoryChanges
 from server.runtime.blocks import BlockPool
+from server.runtime.device_path import DevicePath
 from server.runtime.device_runner import DeviceRunner
 from server.runtime.engine import Engine
 from server.runtime.grammar import Grammars
@@ -80,7 +84,7 @@ def build_runner(settings: Settings, loaded: Loaded) -> Runner:
     if path is not None:
         window = loaded.memories.window if loaded.memories is not None else 1
         graphs = settings.cuda_graphs == "on"
-        memory = DeviceMemory(loaded.memories, settings.max_num_seqs) if path.paged and loaded.memories else None
+        memory = device_memory(path, loaded.memories, settings) if path.paged and loaded.memories else None
         steps = path.build(loaded.model, loaded.attention, memory, **sizes, window=window, graphs=graphs)
         if steps is None and memory is not None:
             memory.give_up()
@@ -88,6 +92,21 @@ def build_runner(settings: Settings, loaded: Loaded) -> Runner:
     if steps is None:
         return Runner(*arguments, **sizes, device=loaded.device)
     return DeviceRunner(steps, *arguments, **sizes, device=loaded.device)
+
+
+def device_memory(path: DevicePath, memories: Memories, settings: Settings) -> DeviceMemory | None:
+    """What decode steps read; None where it has no room, and the host reads for whoever sees a memory."""
+    most = settings.max_num_seqs
+    try:
+        return DeviceMemory(memories, most)
+    except torch.cuda.OutOfMemoryError:
+        memories.direct = None
+        memories.prefetcher.unmirror()
+        path.note(
+            f"memories are read on the host, step by step: what decode steps of {most} sequences need to read them "
+            f"does not fit into what is free on the device; set --max-num-seqs {max(most // 2, 1)} or lower --kv-bytes"
+        )
+        return None
 
 
 def ready_message(settings: Settings, loaded: Loaded) -> Ready:

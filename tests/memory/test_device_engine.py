@@ -13,6 +13,7 @@ import torch
 
 from kernels import language
 from server.cache.row_table import RowTable
+from server.runtime.device_path import DevicePath
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit
 from server.runtime.overlap import OverlappedEngine
@@ -151,3 +152,21 @@ def test_a_step_ahead_that_fails_costs_no_token_of_the_step_before(made: Made, e
         device.scheduler.check()
     assert told["x"] == answer[: place + 1]
     assert reasons == {"x": "stop" if ends else "error", "y": "length"} and len(told["y"]) == 16
+
+
+def test_without_room_for_memories_on_the_device_the_host_reads_them(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    expected = answers(made(False), submits())
+    monkeypatch.setattr("server.memory.device_memory.DeviceEdits", full)
+    notes: list[str] = []
+    monkeypatch.setattr(DevicePath, "note", lambda self, note: notes.append(note))
+    engine = made(True, device_cache=1 << 20, max_num_seqs=8)
+    (note,) = notes
+    assert "read on the host" in note and "--max-num-seqs 4" in note and "\n" not in note
+    memories = engine.runner.memories
+    assert memories is not None and memories.direct is None and not memories.prefetcher.hot.mirrored  # type: ignore
+    assert answers(engine, submits()) == expected

@@ -25,7 +25,7 @@ from server.bench.gpu.scene import Scene, check_room, drawn_lengths
 from server.bench.gpu.session import clear_capacity
 from server.bench.gpu.tables import MadeUp, make, of_type, random_rows, table_bytes
 from server.bench.gpu.trace import Trace, spoken
-from server.errors import CapacityError, SettingsError
+from server.errors import CapacityError, SettingsError, StepFailed
 
 CPU = torch.device("cpu")
 TINY = config_of("tiny")
@@ -329,7 +329,34 @@ def test_a_job_of_the_tests_runs_compiled_and_apart_from_earlier_results(monkeyp
     code, output = test_run.done(
         [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"], False, 3
     )
-    assert code == -1 and output == "so far\n\nended: out of time"
+    assert code == test_run.OUT_OF_TIME and output == "so far\n"
+
+
+def test_what_is_cut_off_is_no_failure_and_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "import sys, time; print('so far', flush=True); time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))"
+
+    class Session:
+        tiny, device, budget, rows = True, CPU, Budget(2.0), []  # type: ignore[var-annotated]
+
+        def measure(self, config: dict[str, Any], measure: Any, needs: float) -> Any:
+            return measure()
+
+        def table(self, title: str, columns: Any, rows: Any) -> None:
+            self.rows += rows
+
+        def say(self, line: str) -> None: ...
+
+    def jobs(*asked: tuple[str, str, str]) -> Any:
+        return lambda session: {name: [sys.executable, "-c", words, wait, code] for name, wait, code in asked}
+
+    session: Any = Session()
+    monkeypatch.setattr(test_run, "jobs", jobs(("a", "0", "0"), ("memcheck", "60", "0")))
+    found = test_run.run(session, tmp_path)
+    assert [row[:2] for row in session.rows] == [("a", "passed"), ("memcheck", "cut off")]
+    assert not found["memcheck"]["ok"] and found["memcheck"]["last"] == "so far"  # so that the next run runs it
+    monkeypatch.setattr(test_run, "jobs", jobs(("a", "0", "9")))
+    with pytest.raises(StepFailed, match="failed: a"):
+        test_run.run(session, tmp_path)
 
 
 def test_the_page_holds_the_report_of_the_results_kept() -> None:

@@ -326,10 +326,12 @@ def test_a_job_of_the_tests_runs_compiled_and_apart_from_earlier_results(monkeyp
         "import os; print(os.environ.get('TRITON_INTERPRET'), os.listdir(), os.path.samefile('.', os.environ['OUT']))"
     )
     assert test_run.done([sys.executable, "-c", look], True, 60.0) == (0, "None [] True\n")
-    code, output = test_run.done(
-        [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"], False, 3
-    )
-    assert code == test_run.OUT_OF_TIME and output == "so far\n"
+    started = "import os, subprocess; subprocess.run(['sh', '-c', 'echo so far; echo $$; sleep 60; true'])"
+    code, output = test_run.done([sys.executable, "-c", started], False, 3)
+    words, child = output.split("\n", 1)
+    assert code == test_run.OUT_OF_TIME and words == "so far"
+    state = Path(f"/proc/{int(child)}/stat")  # what it started is ended too, though maybe nobody asked how it ended
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_what_is_cut_off_is_no_failure_and_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,9 +150,14 @@ def show(session: Session, found: dict[str, Any]) -> None:
         bars.append((f"decode at {count}: of the roofline, at least {bar:.2f}", figures["share"], bar, True))
     session.table(f"roofline, {session.shape}", ("step", "µs", "GB read", "copy GB/s", "share"), rows)
     engines = [(name, found[name]) for name in ("ours", "transformers") if name in found]
-    lines = [(name, f"{f['tokens']}", f"{f['seconds']:.1f}", f"{f['tokens_per_s']:.0f}") for name, f in engines]
+    lines = [(how(name, f), f"{f['tokens']}", f"{f['seconds']:.1f}", f"{f['tokens_per_s']:.0f}") for name, f in engines]
     session.table("continuous batching, the same weights and prompts", ("engine", "tokens", "s", "tokens/s"), lines)
     if len(engines) == 2:
         ratio = found["ours"]["tokens_per_s"] / found["transformers"]["tokens_per_s"]
         bars.append((f"over transformers, at least {PEER_BAR}", ratio, PEER_BAR, True))
     session.bars(bars)
+
+
+def how(name: str, figures: Figures) -> str:
+    """The engine, and what attention it took where it had a choice."""
+    return f"{name}, {figures['attention']}, {figures['at_once']} at once" if "at_once" in figures else name

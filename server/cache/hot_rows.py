@@ -227,13 +227,14 @@ class HotRows:
     # ── lookups on the device ──────────────────────────────────────────────────────────────────────────────────────
 
     def mirror(self) -> None:
-        """Keeps the tags on the device too, from now on."""
+        """Keeps the tags on the device too, from now on; once more for sources that came later."""
         with self.turn, torch.inference_mode(False):
             self.mirrored = True
             for pool in self.pools.values():
                 pool.mirror()
             for key, owners in self._owners.items():
-                self._device_owners[key] = torch.from_numpy(owners).to(self.device, copy=True)
+                if key not in self._device_owners:
+                    self._device_owners[key] = torch.from_numpy(owners).to(self.device, copy=True)
 
     def unmirror(self) -> None:
         """Nothing on the device reads the tags after all: changes are made as without `mirror`."""

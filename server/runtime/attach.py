@@ -220,6 +220,8 @@ class MemoryChanges:
         except (RuntimeError, MemoryError):
             logger.warning("decode steps do not read the memories that changed: no room on the device", exc_info=True)
             memories.direct = before.rows if before is not None else None
+            if before is None:
+                memories.prefetcher.unmirror()  # else what changes the cache would wait for a launch
 
     def _check(self, pack: AttachedPack, needs: list[TableNeed]) -> None:
         """Raises Conflict for a name that is taken, CapacityError where --host-memory-limit cannot be held with it."""

@@ -26,6 +26,7 @@ from server.models.attention.paged import PagedBackend
 from server.models.attention.sdpa import SdpaBackend
 from server.models.attention.varlen import VarlenBackend
 from server.models.config import ModelConfig
+from server.runtime.decode_graph import DecodeGraph
 from server.view import BARE
 
 logger = logging.getLogger(__name__)
@@ -183,21 +184,20 @@ def step_times(attention: PagedBackend) -> tuple[float, float]:
 def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     """A step's median time on the device, replayed as a CUDA graph: without what launching takes the host.
 
-    Raises what the step raises, also where it cannot be captured.
+    Raises what the step raises, also where it cannot be captured; stream and allocator are as they were then.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         step()  # compiles, allocates workspaces
     stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        step()
-    graph.replay()
+    graph: DecodeGraph[int] = DecodeGraph.captured(lambda cut: step(), torch.cuda.graph_pool_handle(), stream)
+    replay = graph.parts[0].replay
+    replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
-        graph.replay()
+        replay()
         mark.record()
     torch.cuda.synchronize(device)
     return float(median(begun.elapsed_time(done) for begun, done in pairwise(marks)))

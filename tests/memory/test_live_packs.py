@@ -149,6 +149,25 @@ def test_decode_steps_on_the_device_read_packs_that_came_later(
     assert table() is None  # nothing holds on to a table that has left
 
 
+def test_without_room_on_the_device_the_host_reads_a_pack_that_came_later(
+    tiny_llama_folder: Path, pack_a: Path, pack_b: Path, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kernels.language.interpreting", False)
+    monkeypatch.setattr("server.memory.device_memory.DeviceEdits", full)
+    live = Live(tiny_llama_folder, f"a={pack_a}", placement=("pinned",), device_path=True, device_cache=1 << 20)
+    live.update("b", pack_b)
+    memories = live.engine.runner.memories
+    assert memories is not None and memories.direct is None
+    assert memories.prefetcher.hot is not None and not memories.prefetcher.hot.mirrored
+    at_start = engine_on(str(tiny_llama_folder), memory=(f"b={pack_b}",))
+    asked = [Submit("x", prompt[:20], GREEDY, ("b",))]
+    told, expected = (tokens_of(outputs_of(engine, asked)["x", 0]) for engine in (live.engine, at_start))
+    assert told == expected
+
+
 def test_tables_are_closed_when_the_last_sequence_that_reads_them_has_ended(
     tiny_llama_folder: Path, pack_a: Path, prompt: tuple[int, ...], device_path: bool
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from server.runtime.attention_probe import milliseconds
 from server.runtime.decode_graph import DecodeGraph
 
 
@@ -126,3 +127,24 @@ def test_a_capture_that_fails_is_ended_and_leaves_the_pool(launch: Callable[[str
         captured(step)
     assert Recorded.capturing is None
     assert Recorded.log == ["back to the stream before", "_cuda_endAllocateToPool", "_cuda_releasePool"]
+
+
+def test_timing_attention_that_cannot_be_captured_leaves_the_stream_too(
+    launch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Side(Stream):
+        def __init__(self, device: torch.device) -> None: ...
+
+        def wait_stream(self, other: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    def step() -> None:
+        if Recorded.capturing is not None:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    with pytest.raises(ZeroDivisionError):
+        milliseconds(step, Stream.device)
+    assert Recorded.capturing is None and Recorded.log[0] == "back to the stream before"

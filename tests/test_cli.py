@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,10 +100,12 @@ def test_a_mistake_of_ours_is_one_line_too_and_dev_mode_shows_where(tmp_path: Pa
 
 
 def test_help_answers_at_once() -> None:
-    """It loads no torch: well under the second and a half that torch's import takes here."""
-    begun = time.perf_counter()
-    run("--help")
-    assert time.perf_counter() - begun < 1.5
+    """It loads nothing that takes long to load, whatever this machine is busy with."""
+    command = [sys.executable, "-X", "importtime", "-m", "server", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "server.cli" in loaded
+    assert not loaded & {"torch", "triton", "transformers", "fastapi", "uvicorn"}
 
 
 @pytest.mark.slow

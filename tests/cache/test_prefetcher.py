@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,61 +109,81 @@ def _times(prefetcher: Prefetcher) -> tuple[float, float]:
     return sums.fetch_s, sums.stall_s
 
 
-def near(seconds: float) -> object:
-    """Within 10 % or 0.5 ms."""
-    return pytest.approx(seconds, rel=0.1, abs=0.5e-3)
+class Clock:
+    """The prefetcher's time, in seconds: it moves only where a test or the end of a read moves it, so stalls are exact
+    however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._then: Callable[[], object] | None = None
+
+    def perf_counter(self) -> float:
+        now, then, self._then = self.now, self._then, None
+        if then is not None:
+            then()
+        return now
+
+    def after_the_next_reading(self, then: Callable[[], object]) -> None:
+        self._then = then
 
 
-def best_of(measure: object, tries: int = 200) -> None:
-    """A busy machine delays threads by milliseconds; the claim is about the code, so one clean run in a few will do.
-    Between two tries it waits a little: what keeps both cores busy for a second is over by the last."""
-    for attempt in range(tries):
-        try:
-            measure()  # type: ignore[operator]
-            return
-        except AssertionError:
-            if attempt == tries - 1:
-                raise
-            time.sleep(0.05)
+class TimedTable(SlowTable):
+    """Its reads end one by one, when `ended` is released, at these times of the clock."""
 
+    def __init__(self, clock: Clock, *ends: float) -> None:
+        super().__init__()
+        self.clock, self.ends, self.reading, self.ended = clock, list(ends), threading.Event(), threading.Semaphore(0)
 
-@pytest.mark.parametrize("compute", [0.0, 0.001, 0.003, 0.006])
-def test_stall_is_what_is_left_of_the_delay_when_the_layer_asks(compute: float) -> None:
-    delay = 0.004
+    def gather(self, ids: np.ndarray, out: Bytes) -> None:
+        self.reading.set()
+        assert self.ended.acquire(timeout=60)
+        super().gather(ids, out)
+        self.clock.now = self.ends.pop(0)
 
-    def measure() -> None:
-        prefetcher = Prefetcher(torch.float32, CPU, MIB)
-        begin = time.perf_counter()
-        (fetch,) = prefetcher.begin([Lookup(SlowTable(delay), 1, ids_of(4, 2))])
-        time.sleep(compute)
-        asked = time.perf_counter() - begin
+    def wait_for(self, fetch: Fetch) -> None:
+        """Waits for rows whose read ends once the wait has begun."""
+        self.clock.after_the_next_reading(self.ended.release)
         fetch.wait()
-        prefetcher.close()
-        fetch_s, stall_s = _times(prefetcher)
-        assert stall_s == near(max(0.0, delay - asked))
-        assert fetch_s == near(delay)
-
-    best_of(measure)
 
 
-def test_two_layers_take_turns_and_each_waits_for_its_own_rows_only() -> None:
-    delay = 0.004
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("server.cache.prefetcher.time", made)
+    return made
 
-    def measure() -> None:
-        prefetcher = Prefetcher(torch.float32, CPU, MIB)
-        table = SlowTable(delay)
-        first, second = prefetcher.begin([Lookup(table, 1, ids_of(4, 2)), Lookup(table, 15, ids_of(4, 2, seed=1))])
-        first.wait()
-        time.sleep(0.002)  # layers 2 to 14
-        second.wait()
-        prefetcher.close()
-        one, two = prefetcher.counters()
-        assert (one.layer, two.layer) == (1, 15)
-        assert (one.fetch_s, two.fetch_s) == (near(delay), near(2 * delay))
-        assert one.stall_s == near(delay)
-        assert two.stall_s == pytest.approx(delay - 0.002, abs=0.7e-3)  # both sleeps oversleep a little
 
-    best_of(measure)
+@pytest.mark.parametrize("compute", [0, 1, 3, 4])
+def test_stall_is_what_is_left_of_the_read_when_the_layer_asks(
+    compute: int, clock: Clock, prefetcher: Prefetcher
+) -> None:
+    table = TimedTable(clock, 4)
+    (fetch,) = prefetcher.begin([Lookup(table, 1, ids_of(4, 2))])
+    clock.now = compute
+    table.wait_for(fetch)
+    assert _times(prefetcher) == (4, 4 - compute)
+
+
+def test_a_layer_that_asks_after_the_read_does_not_stall(clock: Clock, prefetcher: Prefetcher) -> None:
+    table = TimedTable(clock, 4)
+    (fetch,) = prefetcher.begin([Lookup(table, 1, ids_of(4, 2))])
+    table.ended.release()
+    while fetch.pending.locked():
+        time.sleep(0.001)
+    clock.now = 6
+    fetch.wait()
+    assert _times(prefetcher) == (4, 0)
+
+
+def test_two_layers_take_turns_and_each_waits_for_its_own_rows_only(clock: Clock, prefetcher: Prefetcher) -> None:
+    table = TimedTable(clock, 4, 8)
+    first, second = prefetcher.begin([Lookup(table, 1, ids_of(4, 2)), Lookup(table, 15, ids_of(4, 2, seed=1))])
+    table.wait_for(first)
+    clock.now += 2  # layers 2 to 14
+    table.wait_for(second)
+    one, two = prefetcher.counters()
+    assert (one.layer, one.fetch_s, one.stall_s) == (1, 4, 4)
+    assert (two.layer, two.fetch_s, two.stall_s) == (15, 8, 2)
 
 
 def test_asking_for_the_second_layer_first_does_not_lose_the_first(prefetcher: Prefetcher) -> None:
@@ -172,29 +193,36 @@ def test_asking_for_the_second_layer_first_does_not_lose_the_first(prefetcher: P
     assert torch.equal(first.wait(), expected(a))
 
 
-def test_without_prefetch_the_whole_fetch_is_stall_on_the_callers_thread() -> None:
-    def measure() -> None:
-        prefetcher = Prefetcher(torch.float32, CPU, MIB, prefetch=False)
-        table = SlowTable(0.004)
-        (fetch,) = prefetcher.begin([Lookup(table, 1, ids_of(4, 2))])
-        time.sleep(0.003)
-        assert not table.gathers
-        fetch.wait()
-        fetch_s, stall_s = _times(prefetcher)
-        assert table.threads == {threading.current_thread().name}
-        assert stall_s == near(0.004)
-        assert fetch_s == near(stall_s)
-        prefetcher.close()
-
-    best_of(measure)
+def test_without_prefetch_the_whole_fetch_is_stall_on_the_callers_thread(clock: Clock) -> None:
+    prefetcher, table = Prefetcher(torch.float32, CPU, MIB, prefetch=False), TimedTable(clock, 7)
+    (fetch,) = prefetcher.begin([Lookup(table, 1, ids_of(4, 2))])
+    clock.now = 3
+    assert not table.reading.is_set()
+    table.wait_for(fetch)
+    assert table.threads == {threading.current_thread().name}
+    assert _times(prefetcher) == (4, 4)
+    prefetcher.close()
 
 
-def test_begin_does_not_wait_for_the_table(prefetcher: Prefetcher) -> None:
-    start = time.perf_counter()
-    fetches = prefetcher.begin([Lookup(SlowTable(0.3), layer, ids_of(4, 2)) for layer in range(2)])
-    assert time.perf_counter() - start < 0.1
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_times_are_real_seconds(prefetch: bool) -> None:
+    prefetcher, begun = Prefetcher(torch.float32, CPU, MIB, prefetch), time.perf_counter()
+    (fetch,) = prefetcher.begin([Lookup(SlowTable(0.004), 1, ids_of(4, 2))])
+    fetch.wait()
+    fetch_s, stall_s = _times(prefetcher)
+    took = time.perf_counter() - begun
+    assert 0.004 <= fetch_s <= took
+    assert stall_s <= took and (prefetch or stall_s >= 0.004)
+    prefetcher.close()
+
+
+def test_begin_does_not_wait_for_the_table(clock: Clock, prefetcher: Prefetcher) -> None:
+    table = TimedTable(clock, 1, 2)
+    fetches = prefetcher.begin([Lookup(table, layer, ids_of(4, 2)) for layer in range(2)])
+    assert not table.gathers  # no read has ended, and `begin` has
     for fetch in fetches:
-        fetch.wait()
+        table.wait_for(fetch)
+    assert len(table.gathers) == 2
 
 
 def test_a_hinted_lookup_is_joined_not_read_again(prefetcher: Prefetcher) -> None:
@@ -350,16 +378,21 @@ def test_the_staging_one_token_needs_is_in_the_message_and_is_enough() -> None:
     assert max_tokens(8704, [(table, 16), (table, 1)], torch.float32) == 1
 
 
-def test_closing_fails_what_is_not_served_and_refuses_what_comes_after() -> None:
-    prefetcher = Prefetcher(torch.float32, CPU, MIB)
-    table = SlowTable(0.05)
+def test_closing_fails_what_is_not_served_and_refuses_what_comes_after(clock: Clock) -> None:
+    prefetcher, table = Prefetcher(torch.float32, CPU, MIB), TimedTable(clock, 1)
     fetches = prefetcher.begin([Lookup(table, layer, ids_of(4, 2)) for layer in range(5)])
-    time.sleep(0.01)
-    prefetcher.close()
+    assert table.reading.wait(60)
+    closer = threading.Thread(target=prefetcher.close)
+    closer.start()
+    while not prefetcher._closed:
+        time.sleep(0.001)
+    table.ended.release()
+    closer.join(60)
     prefetcher.close()
     assert torch.equal(fetches[0].wait(), expected(ids_of(4, 2)))
-    with pytest.raises(NotReady, match="closed before"):
-        fetches[-1].wait()
+    for fetch in fetches[1:]:
+        with pytest.raises(NotReady, match="closed before"):
+            fetch.wait()
     with pytest.raises(NotReady, match="closed"):
         prefetcher.begin([Lookup(table, 1, ids_of(4, 2))])
 

@@ -194,11 +194,12 @@ def compiled(case: Case, capability: int) -> Any:
     names = [name for name in case.kernel.arg_names if name not in case.constants]
     signature = dict(zip(names, case.types, strict=True)) | dict.fromkeys(case.constants, "constexpr")
     places = {name: index for index, name in enumerate(case.kernel.arg_names)}
-    # As a launch specialises: addresses, strides and vocabularies that 16 divides.
+    # As a launch specialises: addresses, strides and vocabularies that 16 divides, but for what `jit_for_any` names.
     attrs = {
         (places[name],): [["tt.divisibility", 16]]
         for name, kind in zip(names, case.types, strict=True)
-        if kind.startswith("*") or (kind == "i32" and (name.endswith("stride") or name == "vocab"))
+        if not case.kernel.params[places[name]].do_not_specialize
+        and (kind.startswith("*") or (kind == "i32" and (name.endswith("stride") or name == "vocab")))
     }
     source = ASTSource(case.kernel, signature, {(places[n],): v for n, v in case.constants.items()}, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})

@@ -7,6 +7,7 @@ after another, as tests do; 0 is for compiling without running them.
 """
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +36,18 @@ interpreting = available and os.environ.get("TRITON_INTERPRET") == "1"
 def jit(kernel: Callable[..., None]) -> Any:
     """`triton.jit`, or the function as it is where Triton is not installed."""
     return triton.jit(kernel) if available else kernel
+
+
+def jit_for_any(*varying: str) -> Callable[[Callable[..., None]], Any]:
+    """`jit` for a kernel some of whose arguments vary from launch to launch: one compilation serves all their values.
+    Triton makes another where an integer is 1 or 16 divides a number or an address, in the midst of serving."""
+
+    def made(kernel: Callable[..., None]) -> Any:
+        assert set(varying) <= set(inspect.signature(kernel).parameters), varying
+        plain = {"do_not_specialize": varying, "do_not_specialize_on_alignment": varying}
+        return triton.jit(kernel, **plain) if available else kernel
+
+    return made
 
 
 def runs_on(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.language import jit, power_of_two, runs_on, tl
+from kernels.language import jit_for_any, power_of_two, runs_on, tl
 
 FLOOR = 1e-6  # of |s| under the root
 
@@ -115,7 +115,7 @@ def reference(
     return alpha
 
 
-@jit
+@jit_for_any("at", "dead")
 def gate_kernel(
     hidden,
     key,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.language import blocks, jit, power_of_two, runs_on, tl
+from kernels.language import blocks, jit_for_any, power_of_two, runs_on, tl
 
 BLOCK_TOKENS = 64
 
@@ -114,7 +114,7 @@ def reference(
     return rows, mix
 
 
-@jit
+@jit_for_any("row_of", "positions", "count")
 def hash_kernel(
     tokens,
     row_of,

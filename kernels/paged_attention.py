@@ -11,7 +11,7 @@ the device.
 import torch
 from torch import Tensor
 
-from kernels.language import blocks, interpreting, jit, power_of_two, runs_on, tl
+from kernels.language import blocks, interpreting, jit, jit_for_any, power_of_two, runs_on, tl
 
 BLOCK_N = 64  # cached tokens read at once
 BLOCK_M = 64  # prefill queries of one program
@@ -146,7 +146,7 @@ def reference(
     return out
 
 
-@jit
+@jit_for_any("slots")
 def write_kernel(cache, slots, kv, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A program: one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -194,7 +194,7 @@ def attend(
     return state_max, state_sum, total
 
 
-@jit
+@jit_for_any("block_table", "context_len", "table_stride")
 def decode_kernel(
     query, cache, block_table, context_len, partial, lse, query_stride, table_stride, block_size, window, scale,
     D: tl.constexpr, DP: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
@@ -228,7 +228,7 @@ def decode_kernel(
     tl.store(lse + row, joined, mask=member < GROUP)
 
 
-@jit
+@jit_for_any("splits")
 def join_kernel(
     partial, lse, out, splits, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def join_kernel(
     tl.store(out + row * D + column, total.to(out.dtype.element_ty), mask=width)
 
 
-@jit
+@jit_for_any("block_table", "query_start", "context_len", "table_stride")
 def prefill_kernel(
     query, cache, block_table, query_start, context_len, out, query_stride, table_stride, block_size, window, scale,
     D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr,

@@ -9,7 +9,7 @@ as `server/models/layers.py` lays queries and keys out.
 import torch
 from torch import Tensor
 
-from kernels.language import jit, power_of_two, runs_on, tl
+from kernels.language import jit_for_any, power_of_two, runs_on, tl
 
 
 def rotate_(heads: Tensor, table: Tensor, positions: Tensor, gain: Tensor | None = None, eps: float = 0.0) -> None:
@@ -43,7 +43,7 @@ def reference(heads: Tensor, table: Tensor, positions: Tensor, gain: Tensor | No
     heads.copy_(torch.view_as_real(pairs * table[positions][:, None]).flatten(-2))
 
 
-@jit
+@jit_for_any("positions")
 def rotary_kernel(
     heads, table, positions, gain, stride, eps,
     N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,

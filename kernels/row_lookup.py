@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.language import jit, power_of_two, runs_on, tl
+from kernels.language import jit, jit_for_any, power_of_two, runs_on, tl
 
 Kind = Literal["plain", "int8", "float8_e4m3", "float8_e4m3_e8m0"]
 KINDS: dict[str, int] = {"plain": 0, "int8": 1, "float8_e4m3": 2, "float8_e4m3_e8m0": 3}
@@ -215,7 +215,7 @@ def row_values(
     return values
 
 
-@jit
+@jit_for_any("row_ids", "keys", "seen", "count")
 def lookup_kernel(
     table, cached, row_ids, keys, owners, tag_keys, tag_owners, seen, out, counters, count, sets, scale,
     KIND: tl.constexpr, ORDERS: tl.constexpr, ORDERS_PADDED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,

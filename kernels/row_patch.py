@@ -11,7 +11,7 @@ number need not be known. Knows numbers and row ids, nothing of scopes.
 import torch
 from torch import Tensor
 
-from kernels.language import jit, power_of_two, runs_on, tl
+from kernels.language import jit_for_any, power_of_two, runs_on, tl
 from kernels.row_lookup import block_of
 
 ROW_BITS = 40  # of a key; the overlay's number stands above them
@@ -54,7 +54,7 @@ def reference(out: Tensor, row_ids: Tensor, overlays: Tensor, keys: Tensor, valu
         rows.copy_(torch.where(found[..., None], values[near], rows))
 
 
-@jit
+@jit_for_any("row_ids", "overlays")
 def patch_kernel(
     out, row_ids, overlays, keys, values,
     COLUMNS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.language import jit, runs_on, tl
+from kernels.language import jit, jit_for_any, runs_on, tl
 from kernels.shortlist import compact, drawn, survey
 from kernels.weights import above, edge, key_of, weight_of
 
@@ -165,7 +165,7 @@ def drawn_of_row(at, vocab, peak, degree, floor, spare, least, noise, best, FILT
     return tl.where(found < vocab, found, best)
 
 
-@jit
+@jit_for_any("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
 def sample_kernel(
     logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, values, ids, stride, vocab,
     FILTER: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,

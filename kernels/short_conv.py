@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.language import blocks, jit, runs_on, tl
+from kernels.language import blocks, jit_for_any, runs_on, tl
 
 BLOCK = 512
 
@@ -87,7 +87,7 @@ def reference(
     hidden += added if dead is None else added.masked_fill(dead[:, None, None], -0.0)  # -0 changes no value
 
 
-@jit
+@jit_for_any("sequence_of", "positions", "dead")
 def conv_kernel(
     hidden,
     alpha,

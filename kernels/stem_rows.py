@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.language import blocks, jit, runs_on, tl
+from kernels.language import blocks, jit_for_any, runs_on, tl
 
 BLOCK = 1024
 
@@ -31,7 +31,7 @@ def reference(gate: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     return (F.silu(gate.float()) * rows[inverse].float()).to(gate.dtype)
 
 
-@jit
+@jit_for_any("inverse")
 def stem_kernel(gate, rows, inverse, out, gate_stride, rows_stride, F: tl.constexpr, BLOCK: tl.constexpr):
     """A program: BLOCK values of one token."""
     token = tl.program_id(0).to(tl.int64)

@@ -73,7 +73,7 @@ class Staging:
         with torch.inference_mode(False):  # else only threads in inference mode could write them
             # Without device="cpu" a default device set elsewhere would put the pinned buffer on the GPU.
             host = torch.empty(HALVES, self.half_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
-            on_device = torch.empty_like(host, device=device) if cuda else [None] * HALVES
+            on_device = torch.empty(host.shape, dtype=host.dtype, device=device) if cuda else [None] * HALVES
             self.halves = [Half(host[i], on_device[i]) for i in range(HALVES)]
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 

@@ -16,6 +16,7 @@ from server.models.rope import RopeScaling, rope_scaling, rope_values, scaling_t
 from server.models.values import Values, token_ids
 
 DType = Literal["bfloat16", "float16", "float32"]
+MOST_LAYERS = 10_000  # a config is held in memory layer by layer, before any weight is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class ModelConfig:
         given = Values({**family.defaults, **kept})
         _refuse_quantised(given)
         rope = rope_values(given, "full_attention")
-        layers = given.integer("num_hidden_layers")
+        layers = given.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = given.integer("num_attention_heads")
         ends = (generation or {}).get("eos_token_id")
         if ends is None:

@@ -21,11 +21,13 @@ class Values:
             raise BrokenModel(f"the model's config lacks {key}")
         return self.values.get(key, default)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0. Raises BrokenModel."""
+    def integer(self, key: str, default: int | None = None, most: float = math.inf) -> int:
+        """A whole number above 0, at most `most`. Raises BrokenModel."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise BrokenModel(f"the model's config has {key} = {value!r}; it must be a whole number above 0")
+        if value > most:
+            raise BrokenModel(f"the model's config has {key} = {value}; more than {most} are no model's")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -314,6 +314,13 @@ def test_a_gguf_value_of_another_type_is_broken(smollm2: ModelSource, key: str) 
         config_from_gguf(file)
 
 
+def test_a_model_of_billions_of_layers_is_broken(smollm2: ModelSource) -> None:
+    file = GgufFile(smollm2.path)
+    file.metadata["llama.block_count"] = 0xD8000004
+    with pytest.raises(BrokenModel, match="num_hidden_layers = 3623878660; more than 10000"):
+        config_from_gguf(file)
+
+
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_at_once(tmp_path: Path) -> None:
     greedy = tmp_path / "greedy.gguf"
     greedy.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))

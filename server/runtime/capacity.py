@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -74,69 +73,66 @@ class CapacityPlan:
         return next(place.tier for place in self.places if place.need.name == table)
 
 
-def plan(
-    settings: Settings,
-    config: ModelConfig,
-    packs: Sequence[Attachment],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-    without_up: frozenset[int],
-    kernels: CpuKernels | None,
-) -> CapacityPlan:
-    """The plan for a model of this shape with these packs, opened but not loaded.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be planned: a model of this shape and these packs, opened but not loaded. `without_up`: the layers
+    whose up-projection is not kept."""
 
-    `kernels`: what computes on the CPU between the matrices. Raises CapacityError for what does not fit, with the flag
-    and the value that would; SettingsError for a name in --placement that no table has, and for --cpu-weights that
-    cannot be.
+    settings: Settings
+    config: ModelConfig
+    packs: Sequence[Attachment]
+    dtype: torch.dtype
+    device: torch.device
+    max_len: int
+    without_up: frozenset[int]
+
+    @property
+    def weights(self) -> int:
+        return planned_weight_bytes(self.config, self.dtype, self.device, self.without_up)
+
+
+def plan(wanted: Wanted, kernels: CpuKernels | None) -> CapacityPlan:
+    """What goes where. `kernels`: what computes on the CPU between the matrices.
+
+    Raises CapacityError for what does not fit, with the flag and the value that would; SettingsError for a name in
+    --placement that no table has, and for --cpu-weights that cannot be.
     """
-    twice = keeps_rows(settings, kernels if can_prepack(dtype, device) else None)
-    sizes = partial(_plan, settings, config, packs, dtype=dtype, device=device, max_len=max_len, without_up=without_up)
+    settings, device = wanted.settings, wanted.device
+    twice = keeps_rows(settings, kernels if can_prepack(wanted.dtype, device) else None)
     if kernels is None or not twice:
-        return sizes(rows=0)
-    rows = plain_row_bytes(config, dtype, without_up, kernels.at_once)
+        return plan_with(wanted, rows=0)
+    rows = plain_row_bytes(wanted.config, wanted.dtype, wanted.without_up, kernels.at_once)
     asked = settings.cpu_weights == "twice"
-    weights = planned_weight_bytes(config, dtype, device, without_up)
-    if not asked and rows > (_free_memory(device) - weights) // 4:
-        return sizes(rows=0)
+    if not asked and rows > (_free_memory(device) - wanted.weights) // 4:
+        return plan_with(wanted, rows=0)
     try:
-        return sizes(rows=rows)
+        return plan_with(wanted, rows)
     except CapacityError as error:
-        once = sizes(rows=0)
+        once = plan_with(wanted, rows=0)
         if asked:
             raise CapacityError(f"{error.message}; or set --cpu-weights once, with which it fits") from error
         return once
 
 
-def _plan(
-    settings: Settings,
-    config: ModelConfig,
-    packs: Sequence[Attachment],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-    without_up: frozenset[int],
-    rows: int,
-) -> CapacityPlan:
-    """With `rows` bytes of plain rows beside the weights."""
-    weights = planned_weight_bytes(config, dtype, device, without_up) + rows
+def plan_with(wanted: Wanted, rows: int) -> CapacityPlan:
+    """The plan with `rows` bytes of plain rows beside the weights."""
+    settings, packs, dtype, device = wanted.settings, wanted.packs, wanted.dtype, wanted.device
+    weights = wanted.weights + rows
     free = _free_memory(device)
     if weights > free:
         raise CapacityError(
             f"the weights take {weights} bytes and {free} are free on {device}: choose a smaller --model"
         )
-    token_bytes = kv_bytes_per_token(config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
+    token_bytes = kv_bytes_per_token(wanted.config, dtype) + sum(pack.conv_bytes_per_token for pack in packs)
     staging = settings.staging if packs else 0
     beside = staging + (settings.device_cache if packs else 0)
     needs = [need for pack in packs for need in mapped_needs(pack, settings.max_num_batched_tokens)]
-    wanted = wishes(needs, settings.placement)
-    tables = sum(need.nbytes for need in needs if wanted[need.name][0] == "device")
+    wish = wishes(needs, settings.placement)
+    tables = sum(need.nbytes for need in needs if wish[need.name][0] == "device")
     kv = plan_kv(
         settings,
         block_bytes=settings.block_size * token_bytes,
-        max_len=max_len,
+        max_len=wanted.max_len,
         available=free - weights,
         share=GPU_SHARE * max(free - weights - beside - tables, 0) if device.type == "cuda" else None,
     )

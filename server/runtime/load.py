@@ -34,7 +34,7 @@ from server.models.prepack import PackedLinear, can_prepack, prepack
 from server.models.quantize import QuantizedLinear, quantize
 from server.models.source import ModelSource, open_source
 from server.models.weights import tensors
-from server.runtime.capacity import CapacityPlan, KVPlan, plan
+from server.runtime.capacity import CapacityPlan, KVPlan, Wanted, plan
 from server.runtime.device_path import DevicePath
 from server.runtime.host import cpu_quota
 from server.settings import Settings
@@ -172,16 +172,7 @@ def prepare(settings: Settings) -> Prepared:
     packs = open_packs(settings, source, dtype, device)
     replaced = frozenset(stem_layers(packs))
     without_up = frozenset[int]() if settings.keep_up_projection else replaced
-    planned = plan(
-        settings,
-        source.config,
-        packs,
-        dtype=dtype,
-        device=device,
-        max_len=max_len,
-        without_up=without_up,
-        kernels=kernels,
-    )
+    planned = plan(Wanted(settings, source.config, packs, dtype, device, max_len, without_up), kernels)
     return Prepared(source, device, dtype, max_len, packs, without_up, planned, kernels, note)
 
 

@@ -19,7 +19,7 @@ from server.errors import CapacityError
 from server.memory.engram import Engram
 from server.memory.pack import MODULES, engram_shape, table_file
 from server.models.source import open_source
-from server.runtime.capacity import GPU_SHARE, plan, plan_kv, planned_weight_bytes
+from server.runtime.capacity import GPU_SHARE, Wanted, plan, plan_kv, planned_weight_bytes
 from server.runtime.load import load, prepare, weight_bytes
 from server.runtime.process import build_engine
 from server.runtime.report import describe_places
@@ -135,15 +135,6 @@ def test_tables_asked_onto_a_gpu_have_their_room_before_keys_and_values(
     gpu, config, left = torch.device("cuda"), prepared.source.config, 2 * table
     free = planned_weight_bytes(config, prepared.dtype, gpu, frozenset()) + settings.staging + left
     monkeypatch.setattr("server.runtime.capacity._free_memory", lambda device: free)
-    found = plan(
-        settings,
-        config,
-        prepared.packs,
-        dtype=prepared.dtype,
-        device=gpu,
-        max_len=prepared.max_len,
-        without_up=frozenset(),
-        kernels=None,
-    )
+    found = plan(Wanted(settings, config, prepared.packs, prepared.dtype, gpu, prepared.max_len, frozenset()), None)
     assert found.tier("a/1") == "device"
     assert 0 <= GPU_SHARE * (left - table) - found.kv.nbytes < found.kv.block_bytes

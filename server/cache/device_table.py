@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.cache.prefetcher import LayerCounters, Lookup
+from server.cache.counters import LayerCounters
+from server.cache.lookup import Lookup
 from server.cache.row_table import RowTable, check_range
 from server.cache.row_types import Bytes, Ids
 from server.errors import CapacityError, TableError

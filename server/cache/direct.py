@@ -15,26 +15,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.row_lookup import HotTags, RowFormat, lookup
+from kernels.row_lookup import HotTags, lookup
 from server.cache.counters import LayerCounters
 from server.cache.device_table import DeviceTable
 from server.cache.hot_rows import HotRows
 from server.cache.hot_sources import SourceKey
+from server.cache.in_place import PROGRAMS, row_format
 from server.cache.pinned_table import PinnedTable
-from server.cache.row_table import Ids, Table
-from server.cache.row_types import Float8, Plain
-
-# Programs that read rows beside a forward pass: each has some 2 KiB under way, and a host link needs 35 to 80 KiB
-# (35 to 55 GB/s times 1 to 1.5 µs). More would take multiprocessors from the layers.
-PROGRAMS = 64
-
-
-def row_format(table: Table) -> RowFormat:
-    kind = table.row_type
-    if isinstance(kind, Plain):
-        return RowFormat("plain", table.dim, table.row_bytes, dtype=kind.dtype)
-    scale = kind.scale if isinstance(kind, Float8) else 1.0
-    return RowFormat(kind.name, table.dim, table.row_bytes, scale=scale)  # type: ignore[arg-type]
+from server.cache.row_table import Ids
 
 
 class DirectTable:

@@ -61,13 +61,14 @@ class Waits(Protocol):
 class Fetch:
     """One lookup under way. Its rows may be read until the `hint` or `begin` that follows the next step's `begin`.
 
-    `hits`: cache entries found, by order; None where no cache was asked. `rows_read`: rows read from the table.
+    `hits`: cache entries found, by order; None where no cache was asked. `rows_read`: rows read from the table;
+    `in_place`: by the device, where they lie.
     `inverse`: which row each token's columns read; None: the rows stand as they were asked for.
     """
 
     __slots__ = (
-        "begin", "copied", "counted", "done_at", "dropped", "error", "hits", "inverse", "issued", "lookup", "pending",
-        "prefetcher", "rows", "rows_read", "step",
+        "begin", "copied", "counted", "done_at", "dropped", "error", "hits", "in_place", "inverse", "issued", "lookup",
+        "pending", "prefetcher", "rows", "rows_read", "step",
     )  # fmt: skip
 
     def __init__(self, prefetcher: Waits, lookup: Lookup, begin: int, step: int, issued: float) -> None:
@@ -76,7 +77,7 @@ class Fetch:
         self.pending = threading.Lock()  # held until the rows are there; much cheaper to make than an Event
         self.pending.acquire()
         self.error: Exception | None = None
-        self.dropped = self.counted = False
+        self.dropped = self.counted = self.in_place = False
         self.rows: Tensor | None = None  # [T · C, D], or [U, D]
         self.rows_read = 0
         self.hits: list[int] | None = None

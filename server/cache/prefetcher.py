@@ -29,6 +29,7 @@ from torch import Tensor
 from server.cache.counters import LayerCounters
 from server.cache.hot_rows import HotRows, Source
 from server.cache.lookup import Fetch, Lookup, UniqueRows
+from server.cache.pinned_table import PinnedTable
 from server.cache.row_reader import RowReader
 from server.cache.row_table import Table
 from server.cache.staging import HALVES, Staging, step_bytes
@@ -50,8 +51,8 @@ class Prefetcher:
     """`dtype`, `device`: the model's. `staging_bytes` bounds the buffers (`staging.max_tokens` says what that allows).
     `hot`: the device cache; None: every row is read from its table.
 
-    `begin`, `hint`, `wait`, `settle`, `cache` and `forget` belong to one thread, the engine's; `close`, `counters` and
-    `between_fetches` may be called from any.
+    `begin`, `hint`, `wait`, `settle`, `cache`, `read_in_place` and `forget` belong to one thread, the engine's;
+    `close`, `counters` and `between_fetches` may be called from any.
     """
 
     def __init__(
@@ -198,6 +199,14 @@ class Prefetcher:
         hot = self.hot
         if hot is not None and sources:
             self._between_or_now(partial(self._add_sources, hot, tuple(sources)))
+
+    def read_in_place(self, tables: Sequence[tuple[PinnedTable, int, tuple[int, ...]]]) -> None:
+        """From the next fetch on the device reads the rows of these tables itself; of each the table, its rows a token
+        and its orders. Reads one row of each at once. Raises what that raises, such as a kernel that fails to compile;
+        nothing changes then."""
+        for table, columns, orders in tables:
+            self._reader.try_in_place(table, columns, orders)
+        self._reader.in_place = frozenset(table for table, _, _ in tables)
 
     def forget(self, tables: Sequence[Table]) -> None:
         """Nothing is left of these tables' rows, here and in the cache, once what is queued now is over."""

@@ -2,7 +2,8 @@
 
     CPU    table ─ gather ─→ missed ┐                                  all on the worker thread; straight into staging
            cache ────────────→ hits ┴─→ raw ─ decode ─→ staging        where the table is stored as the model computes
-    CUDA   table ─ gather ─→ raw, on the host ─ decode ─→ pinned staging ─ copy ─→ staging on the device
+    CUDA   table in registered RAM ─ read and decoded by the device (`in_place.py`) ─→ staging on the device
+           others: table ─ gather ─→ raw, on the host ─ decode ─→ pinned staging ─ copy ─→ staging on the device
            with a cache: table ─ gather ─→ missed ─ copy ─┐
                          cache, on the device ──────→ hits ┴─→ raw ─ decode ─→ staging on the device
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from server.cache.cuda_memory import send
 from server.cache.hot_rows import Found, HotRows
-from server.cache.lookup import Fetch
+from server.cache.in_place import read_in_place
+from server.cache.lookup import Fetch, Lookup
+from server.cache.pinned_table import PinnedTable
 from server.cache.row_table import Ids, Table
 from server.cache.row_types import Bytes
 from server.cache.staging import Half, Staging
@@ -32,6 +35,7 @@ class RowReader:
 
     def __init__(self, staging: Staging, hot: HotRows | None) -> None:
         self.staging, self.hot = staging, hot
+        self.in_place: frozenset[Table] = frozenset()  # the tables whose rows the device reads itself
         self._raw = np.empty(0, np.uint8)  # row bytes before they are decoded
         self._missed = np.empty(0, np.uint8)
 
@@ -49,21 +53,46 @@ class RowReader:
         fetch.rows_read = len(ids)
         half = self.staging.half(fetch.step)
         host, fetch.rows = self.staging.buffers(half, fetch.begin, len(ids), lookup.table.dim)
-        hot = self.hot
+        hot, table = self.hot, lookup.table
+        if isinstance(table, PinnedTable) and table in self.in_place:
+            fetch.in_place = True
+            self._read_in_place(table, lookup, ids, half, fetch)
         if hot is not None and keys is not None:
             with hot.turn:
-                found = hot.find(lookup.table, lookup.layer, keys)
+                found = hot.find(table, lookup.layer, keys)
                 if found is not None:
-                    fetch.hits = found.hits_by_order()
-                    fetch.rows_read -= len(found.hits) * found.source.heads
-                    if self.staging.device.type == "cpu":
-                        self._assemble(hot, found, ids, host)
-                    else:
-                        self._assemble_on_device(hot, found, ids, half, fetch)
+                    if not fetch.in_place:
+                        self._read_through(hot, found, ids, host, half, fetch)
                     hot.remember(found, ids, askers)
                     return
-        self._read(lookup.table, ids, host)
-        fetch.copied = self.staging.send(half, host, fetch.rows)
+        if not fetch.in_place:
+            self._read(table, ids, host)
+            fetch.copied = self.staging.send(half, host, fetch.rows)
+
+    def try_in_place(self, table: PinnedTable, columns: int, orders: tuple[int, ...]) -> None:
+        """Reads the rows of one token. Raises what a kernel raises."""
+        out = torch.empty(1, columns * table.dim, dtype=self.staging.dtype, device=self.staging.device)
+        read_in_place(table, np.zeros((1, columns), np.int64), len(orders) or 1, out)
+
+    def _read_in_place(self, table: PinnedTable, lookup: Lookup, ids: Ids, half: Half, fetch: Fetch) -> None:
+        """Rows that a cache holds too: what a prefill reads twice costs less than who would have to look after it."""
+        columns, orders = lookup.row_ids.shape[1], len(lookup.orders) or 1
+        if fetch.inverse is not None:  # distinct rows, each on its own
+            columns = orders = 1
+        row_ids = ids.reshape(-1, columns)
+        assert fetch.rows is not None
+        with self.staging.on_side_stream():
+            read_in_place(table, row_ids, orders, fetch.rows.view(len(row_ids), -1))
+            fetch.copied = self.staging.sent(half)
+
+    def _read_through(self, hot: HotRows, found: Found, ids: Ids, host: Tensor, half: Half, fetch: Fetch) -> None:
+        """Hits from the cache, the others from the table."""
+        fetch.hits = found.hits_by_order()
+        fetch.rows_read -= len(found.hits) * found.source.heads
+        if self.staging.device.type == "cpu":
+            self._assemble(hot, found, ids, host)
+        else:
+            self._assemble_on_device(hot, found, ids, half, fetch)
 
     def _read(self, table: Table, ids: Ids, out: Tensor) -> None:
         """Rows ids[N] → out[N, D]: one gather, straight into `out` if nothing is to be decoded."""

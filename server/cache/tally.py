@@ -41,7 +41,8 @@ class Tally:
         self.fetch_s += seconds
         self.durations[bisect_left(self.bounds, seconds)] += 1
         if fetch.copied is not None and fetch.rows is not None:
-            self.sent += fetch.rows_read * fetch.rows.shape[1] * fetch.rows.element_size()
+            width = self.row_bytes if fetch.in_place else fetch.rows.shape[1] * fetch.rows.element_size()
+            self.sent += fetch.rows_read * width
         self.stall_s += stall
         tokens, columns = fetch.lookup.row_ids.shape
         if fetch.inverse is not None and columns > 1:

@@ -1,8 +1,8 @@
-"""Transport: how a decode step on a GPU gets a table's rows, told from where they lie. Knows tables and tiers only.
+"""Transport: how a GPU gets a table's rows, told from where they lie. Knows tables and tiers only.
 
-direct   kernels read the rows themselves, within a CUDA graph: on the device, or in registered RAM
-staged   the host gathers them and a side stream copies them, between two parts of the graph: every other table, and
-         those of the same pack; and in every prefill
+direct   kernels read the rows themselves, in decode steps within a CUDA graph: on the device, or in registered RAM
+staged   the host gathers them and a side stream copies them, in decode steps between two parts of the graph: every
+         other table, and those of the same pack
 """
 
 from __future__ import annotations

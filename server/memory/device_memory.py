@@ -184,6 +184,11 @@ class DeviceMemory:
         self.memories.direct = None
         self.memories.prefetcher.unmirror()
 
+    def serve_fetches(self) -> None:
+        """Rows in RAM that the host asks for, as prefills do, are read by the device itself from now on. Raises what
+        reading one raises."""
+        self.rows.serve_fetches()
+
     @property
     def up_layers(self) -> frozenset[int]:
         """The layers whose up-projection it replaces."""

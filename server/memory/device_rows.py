@@ -105,6 +105,17 @@ class DeviceRows:
                     direct.counters.copy_(known[direct.key].counters)
         self._counted = self.observed.words[: 2 * self._lines].view(self._lines, 2).cpu().numpy().copy()
 
+    def serve_fetches(self) -> None:
+        """Rows that the host asks for, as prefills do, the device reads itself too, where they lie in RAM. Raises what
+        reading one raises; the host gathers them then."""
+        in_ram = [
+            (direct.table, served.pack.addresser.columns, direct.orders)
+            for served in self.served.values()
+            for direct in served.tables.values()
+            if isinstance(direct.table, PinnedTable)
+        ]
+        self._prefetcher.read_in_place(in_ram)
+
     def can_read(self, identity: Identity) -> bool:
         """Whether the pack is served, and none of its tables has failed."""
         served = self.served.get(identity)

@@ -213,10 +213,12 @@ class MemoryChanges:
         runner, memories = self._engine.runner, self._memories
         if not isinstance(runner, DeviceRunner):
             return
-        before = runner.steps.memory
-        assert before is None or isinstance(before, DeviceMemory)
+        before, path = runner.steps.memory, self._loaded.device_path
+        assert path is not None and (before is None or isinstance(before, DeviceMemory))
         try:
-            runner.renew(DeviceMemory(memories, self._settings.max_num_seqs, before=before), memories.window)
+            memory = DeviceMemory(memories, self._settings.max_num_seqs, before=before)
+            runner.renew(memory, memories.window)
+            path.serve_fetches(memory)
         except (RuntimeError, MemoryError):
             logger.warning("decode steps do not read the memories that changed: no room on the device", exc_info=True)
             memories.direct = before.rows if before is not None else None

@@ -56,6 +56,9 @@ class DeviceMemory(Protocol):
     def up_layers(self) -> frozenset[int]:
         """The layers whose up-projection it replaces."""
 
+    def serve_fetches(self) -> None:
+        """Rows that the host asks for, as prefills do, are read by the device too, where it can."""
+
     def serves(self, views: Sequence[MemoryView], positions: Ints | None = None) -> bool:
         """Whether a decode step of these views, at positions[B], can be done on the device."""
 

@@ -127,6 +127,16 @@ class DevicePath:
             steps.give_up_graphs()
             self.note(f"decode steps run without CUDA graphs, since capturing failed: {first_line(error)}")
 
+    def serve_fetches(self, memory: DeviceMemory) -> None:
+        """Has the device read prefills' rows where they lie in RAM; else a note says why the host gathers them."""
+        try:
+            memory.serve_fetches()
+        except Exception as error:
+            logger.debug("rows could not be read in place", exc_info=True)
+            self.note(
+                f"the host gathers the rows of prefills, since the device could not read one: {first_line(error)}"
+            )
+
     def report(self) -> list[tuple[str, str]]:
         """Lines of the start-up report."""
         lines = [("attention", self.attention)]

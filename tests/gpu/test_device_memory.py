@@ -18,7 +18,7 @@ from server.cache.device_table import DeviceTable
 from server.cache.direct import DirectTable, Observed
 from server.cache.hot_rows import HotRows, Source
 from server.cache.pinned_table import PinnedTable
-from server.cache.prefetcher import Prefetcher
+from server.cache.prefetcher import Lookup, Prefetcher
 from server.cache.row_table import RowTable
 from server.cache.row_types import row_type
 from server.cache.table_writer import random_rows, write_table
@@ -69,6 +69,24 @@ def expected(table: PinnedTable | DeviceTable, row_ids: torch.Tensor, dtype: tor
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """NaN compares equal to NaN, whatever its payload; -0 does not to 0."""
     return tensor.cpu().float().nan_to_num(nan=12345.0).view(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fetches_read_registered_rows_where_they_lie(
+    kind: str, dtype: torch.dtype, tmp_path: Path, tables: list[PinnedTable | DeviceTable]
+) -> None:
+    table = opened(tmp_path, kind, "pinned", tables)
+    assert isinstance(table, PinnedTable)
+    prefetcher = Prefetcher(dtype, DEVICE, 64 << 20)
+    prefetcher.read_in_place([(table, HEADS * len(ORDERS), ORDERS)])
+    for seed in range(3):
+        row_ids = np.random.default_rng(seed).integers(0, ROWS, (500, HEADS * len(ORDERS)))
+        (fetch,) = prefetcher.begin([Lookup(table, 0, row_ids, orders=ORDERS)])
+        rows = fetch.wait()
+        assert fetch.in_place
+        assert torch.equal(bits(rows), bits(expected(table, torch.from_numpy(row_ids), dtype)))
+    prefetcher.close()
 
 
 class Lookups:

@@ -23,7 +23,7 @@ from server.bench.gpu.ceilings import grids, random_ids
 from server.bench.gpu.kernel_case import BITS, Case, Sizes, different
 from server.bench.gpu.models import DIM, HEADS, ORDERS
 from server.bench.gpu.tables import MadeUp, fill, of_type
-from server.cache.direct import row_format
+from server.cache.in_place import row_format
 from server.cache.row_table import Table
 from server.cache.row_types import RowType
 from server.memory.addressing import NGramAddresser, from_config, windows_of

@@ -38,10 +38,13 @@ def engine_of(scene: Scene, model: Decoder, memory: Memory | None) -> Overlapped
     sizes = Sizes(max_num_seqs=count, max_len=scene.max_len, block_size=BLOCK_SIZE)
     attention = PagedBackend(scene.config, scene.cache)
     memories = memory.memories if memory is not None else None
+    device_memory = DeviceMemory(memories, count) if memories is not None else None
+    if device_memory is not None:
+        device_memory.serve_fetches()
     steps = ForcedSteps(
         model,
         attention,
-        DeviceMemory(memories, count) if memories is not None else None,
+        device_memory,
         **sizes,
         window=memories.window if memories is not None else 1,
         device=scene.device,

@@ -213,6 +213,7 @@ class Prefetcher:
         for hint in self._hints:
             hint.dropped = hint.dropped or any(hint.lookup.table is table for table in tables)
         self._hints = [hint for hint in self._hints if not hint.dropped]
+        self._reader.in_place -= set(tables)
         self._count()
         if self.hot is not None:
             for table in tables:

@@ -119,3 +119,11 @@ def test_a_table_whose_rows_cannot_be_read_so_is_gathered(table: PinnedTable, mo
     (fetch,) = prefetcher.begin(lookups(table, 0)[:1])
     assert fetch.wait().shape == (23, COLUMNS * DIM) and not fetch.in_place
     prefetcher.close()
+
+
+def test_nothing_is_left_of_a_table_that_is_forgotten(table: PinnedTable) -> None:
+    prefetcher = prefetcher_of(table, True)
+    prefetcher.forget([table])
+    (fetch,) = prefetcher.begin(lookups(table, 0)[:1])
+    assert fetch.wait().shape == (23, COLUMNS * DIM) and not fetch.in_place
+    prefetcher.close()

@@ -102,7 +102,7 @@ CONTROL, USER_DEFINED = 3, 4
 def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     """The tokenizer a GGUF describes. Raises UnsupportedModel for other kinds, BrokenModel for missing parts."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != BYTE_LEVEL or pre not in PRE_TOKENIZERS:
+    if kind != BYTE_LEVEL or pre not in list(PRE_TOKENIZERS):
         raise UnsupportedModel(
             f"{path} has a tokenizer of kind {kind!r}, pre-tokenizer {pre!r}; supported: {BYTE_LEVEL} with "
             f"{', '.join(PRE_TOKENIZERS)}; serve the model's Hugging Face folder instead"

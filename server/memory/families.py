@@ -216,9 +216,8 @@ def stored_primes(rule: NGramRule, config: Config) -> NGramRule:
     for layer, computed in zip(rule.layer_ids, rule.primes, strict=True):
         stored = by_layer(config, "primes", layer)
         flat = [prime for order in stored for prime in (order if isinstance(order, Sequence) else [order])]
-        wrong = next((prime for prime in flat if type(prime) is not int or not 0 < prime <= INT64_MAX), None)
-        if wrong is not None:
-            raise PackError(f"primes of layer {layer} hold {wrong!r}; they must be whole numbers from 1 to {INT64_MAX}")
+        for prime in flat:
+            integer({"primes": prime}, "primes", least=1)
         expected = [prime for order in computed for prime in order]
         if flat != expected:
             raise PackError(

@@ -64,7 +64,8 @@ def change_config(pack: Path, **values: Any) -> None:
         ({"kernel_size": 1 << 40}, "kernel size as 1099511627776; at most 1024"),
         ({"kernel_size": 1000}, r"conv has shape \[64, 4\] and config.json needs \[64, 1000\]"),
         ({"branches": 1 << 40}, "branches as 1099511627776; at most 1024"),
-        ({"primes": {"1": [["3"]], "3": [[3]]}}, "primes of layer 1 hold '3'"),
+        ({"primes": {"1": [["3"]], "3": [[3]]}}, "primes is 3; it must be a whole number"),
+        ({"primes": {"1": [None], "3": [None]}}, "primes is None; it must be a whole number"),
         ({"primes": {"1": [[3, 5, 7, 11], [13, 17, 19, 23]], "3": [[3, 5, 7, 11], [13, 17, 19, 23]]}}, "503"),
     ],
 )

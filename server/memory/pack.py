@@ -229,7 +229,7 @@ def is_whole(value: Any) -> bool:
 # A field's type → what a value must be, in words and as a check.
 KINDS: Mapping[type, tuple[str, Callable[[Any], bool]]] = {
     int: ("a whole number from 0 on", is_whole),
-    float: ("a number", lambda value: type(value) is float or is_whole(value)),
+    float: ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1),
     str: ("a text", lambda value: isinstance(value, str)),
     dict: ("an object", lambda value: isinstance(value, dict)),
     tuple: (

@@ -30,7 +30,13 @@ from server.memory.families import listed
 from server.memory.pack import MODULES, PackConfig, table_file
 
 Modules = dict[str, Tensor]
-MOST = {"hidden_size": 1 << 20, "branches": 1 << 10, "kernel_size": 1 << 10}  # what a layer's modules are sized by
+SIZES = {  # what a layer is sized by → the least and the most that is read
+    "hidden_size": (1, 1 << 20),
+    "branches": (1, 1 << 10),
+    "kernel_size": (1, 1 << 10),
+    "max_ngram_size": (1, 1 << 10),
+    "dilation": (0, 1 << 10),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,9 @@ class Stored:
 
     def check_shape(self) -> None:
         """Raises PackError if config.json does not say what a layer is sized by, or says what no layer has."""
-        for what, most in MOST.items():
+        for what, (least, most) in SIZES.items():
             value, words = getattr(self.config, what), what.replace("_", " ")
-            if type(value) is not int or value < 1:
+            if type(value) is not int or value < least:
                 raise PackError(f"{self.folder}: config.json does not state the memory's {words}")
             if value > most:
                 raise PackError(

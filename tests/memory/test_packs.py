@@ -61,6 +61,8 @@ def change_config(pack: Path, **values: Any) -> None:
         ({"form": ["paper"]}, "form = .*; it must be a text"),
         ({"rule": 3}, "rule = 3; it must be an object"),
         ({"rule": {"stem_layers": [1, 3], "vocab_size": 9}}, "a rule for n-grams at none"),
+        ({"norm_eps": float("nan")}, "norm_eps = nan; it must be a number from 0 to 1"),
+        ({"dilation": 1 << 62}, "dilation as 4611686018427387904; at most 1024"),
         ({"kernel_size": 1 << 40}, "kernel size as 1099511627776; at most 1024"),
         ({"kernel_size": 1000}, r"conv has shape \[64, 4\] and config.json needs \[64, 1000\]"),
         ({"branches": 1 << 40}, "branches as 1099511627776; at most 1024"),

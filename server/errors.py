@@ -29,15 +29,15 @@ from __future__ import annotations
 
 
 class EngramError(Exception):
-    """Base of all errors raised on purpose. `str(error)` is one line for people."""
+    """Base of all errors raised on purpose. `str(error)` is one line for people, whatever a file's names hold."""
 
     exit_code: int = 1
     status: int = 500
     kind: str = "InternalServerError"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = " ".join(message.splitlines())
+        super().__init__(self.message)
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -24,6 +24,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PLACEMENTS = ("auto", "device", "pinned", "mapped")
 DEFAULT_MODEL = "builtin:smollm2-135m"
 KEY, HASHED_KEY = re.compile(r"[\x21-\x7e]{1,512}"), re.compile(r"sha256:[0-9a-f]{64}")
+MOST_DEPTH = 8  # of a YAML file, which needs two
 SIZE_SUFFIXES = {"k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
 
@@ -238,20 +239,34 @@ def from_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]
 
 def from_file(path: Path) -> dict[str, Any]:
     """The settings of a YAML file, by field name. Raises SettingsError on an unreadable file or an unknown key."""
-    import yaml  # here, since most starts have no file
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a malformed value fails in whatever way PyYAML meets it, with hardly a word
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"--config {path} is not valid YAML: {said}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path} holds a {type(content).__name__}; it must hold lines such as port: 8000")
     named = {str(key): value for key, value in content.items()}
     return {_known(key, path): typed(_known(key, path), value, f"{key} in {path}") for key, value in named.items()}
+
+
+def _yaml(text: str) -> Any:
+    """Raises for what is no YAML, and for what no setting needs: aliases, which can make a few lines stand for
+    gigabytes, lists within lists within lists, and integers of thousands of digits."""
+    import yaml  # here, since most starts have no file
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
+            raise ValueError(f"it has an alias (*name), or nests deeper than {MOST_DEPTH} levels")
+    content = yaml.safe_load(text)
+    str(content)  # fails for an integer that could not be shown
+    return content
 
 
 def _known(key: str, path: Path) -> str:

@@ -15,7 +15,16 @@ import server.api
 ROOT = Path(__file__).parents[1]
 ORDER = ("kernels", "cache", "memory", "models", "runtime", "api")  # each may import those before it
 ON_TOP = ("bench", "training", "commands", "loadtest", "cli", "options", "__main__")
-GROUND = ("errors", "settings", "metrics", "view", "batch", "logs", "")  # "" is the package itself: its version
+GROUND = (
+    "errors",
+    "settings",
+    "metrics",
+    "view",
+    "batch",
+    "logs",
+    "json_text",
+    "",
+)  # "" is the package itself: its version
 FOREIGN = {"fastapi", "starlette", "uvicorn", "pydantic", "locust", "transformers"}
 MODULES = sorted(p for room in ("server", "kernels", "loadtest") for p in (ROOT / room).rglob("*.py"))
 

@@ -83,6 +83,13 @@ def test_an_empty_file_sets_nothing(config: Path, text: str) -> None:
         (b"- port", "holds a list"),
         (b"\xff\xfe\xff", "cannot be read"),
         (b"port: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        (b"port: 2024-99-99", "not valid YAML: month"),
+        (b"port: !!int x", "not valid YAML"),
+        (b"port: !!bool x", "not valid YAML"),
+        (b"port: 0x" + b"f" * 4000, "not valid YAML"),
+        (b"port: " + b"[" * 5000, "deeper than 8 levels"),
+        (b"memory: &a [x, x]\npacks-dir: *a", "an alias"),
+        (b'"a\\nb": 1', "which is no setting"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(config: Path, content: bytes, message: str) -> None:

@@ -36,7 +36,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
 }
 PLAIN_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SHARD = re.compile(r"\.shard_(\d+)\.weight$")
+SHARD = re.compile(r"\.shard_(\d{1,9})\.weight$")
 
 LAYOUT_KEY, ROW_TYPE_KEY, DIM_KEY, SCALE_KEY = "engram.layout", "engram.row_type", "engram.dim", "engram.scale"
 PACKED = "packed"
@@ -127,9 +127,9 @@ def read_header(path: Path) -> Header:
         raise TableError(f"{path} has {size} bytes; its safetensors header alone takes {8 + length}")
     try:
         content = json.loads(text)
-        metadata = content.pop("__metadata__", {})
+        metadata = _texts(content.pop("__metadata__", {}))
         tensors = {name: _entry(path, name, spec, 8 + length) for name, spec in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise TableError(f"{path} ({size} bytes) is no safetensors file: its header is not valid") from None
     needed = max((entry.end for entry in tensors.values()), default=8 + length)
     if needed != size:
@@ -152,13 +152,21 @@ def find_layout(headers: Sequence[Header], tensor: str) -> Layout:
     first = parts[0]
     for part in parts:
         if len(part.shape) != 2 or part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+            wanted = ", ".join(map(str, ("·", *first.shape[1:])))
             raise TableError(
                 f"tensor {part.name!r} in {part.path} is {part.dtype} {list(part.shape)}; "
-                f"a table needs [rows, values] of one type, here {first.dtype} [·, {first.shape[-1]}]"
+                f"a table needs [rows, values] of one type, here {first.dtype} [{wanted}]"
             )
     dim = first.shape[1]
     scales = [_scale_of(tensors, part) for part in parts]
     kind, rows = ("shards" if len(parts) > 1 else "tensor"), sum(part.shape[0] for part in parts)
+    if not rows or not dim:
+        raise TableError(f"table {tensor!r} in {first.path} has no rows: its shape is [{rows}, {dim}]")
+    if first.dtype not in (*PLAIN_TYPES, "F8_E4M3", "I8"):
+        raise TableError(
+            f"tensor {first.name!r} in {first.path} is {first.dtype}; "
+            f"this server reads {', '.join(PLAIN_TYPES)}, I8 and F8_E4M3 tables"
+        )
     values = tuple(_region(part) for part in parts)
     if first.dtype in PLAIN_TYPES:
         return Layout(kind, row_type(PLAIN_TYPES[first.dtype]), rows, dim, (values,))
@@ -168,13 +176,8 @@ def find_layout(headers: Sequence[Header], tensor: str) -> Layout:
     scale_dtypes: tuple[str, ...]
     if first.dtype == "F8_E4M3":
         apart, scale_dtypes, width = BlockFloat8(), ("F8_E8M0", "U8"), dim // BLOCK
-    elif first.dtype == "I8":
-        apart, scale_dtypes, width = Int8(), ("F32",), 1
     else:
-        raise TableError(
-            f"tensor {first.name!r} in {first.path} is {first.dtype}; "
-            f"this server reads {', '.join(PLAIN_TYPES)}, I8 and F8_E4M3 tables"
-        )
+        apart, scale_dtypes, width = Int8(), ("F32",), 1
     apart.row_bytes(dim)
     columns = (values, tuple(_scale_region(p, s, scale_dtypes, width) for p, s in zip(parts, scales, strict=True)))
     return Layout("apart", apart, rows, dim, columns)
@@ -194,6 +197,13 @@ def _entry(path: Path, name: str, spec: dict[str, Any], data: int) -> TensorEntr
     return TensorEntry(name, path, dtype, shape, begin, end)
 
 
+def _texts(metadata: Any) -> dict[str, str]:
+    """Raises ValueError for metadata that is no object of texts."""
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("__metadata__")
+    return metadata
+
+
 def _parts(tensors: dict[str, TensorEntry], tensor: str, where: str) -> list[TensorEntry]:
     """The tensors that hold the rows, in order."""
     if tensor in tensors:
@@ -206,8 +216,8 @@ def _parts(tensors: dict[str, TensorEntry], tensor: str, where: str) -> list[Ten
     if not shards:
         names = _some(tensors)
         raise TableError(f"{where} holds no table {tensor!r}; its tensors are {names}")
-    if sorted(shards) != list(range(len(shards))):
-        missing = min(set(range(max(shards))) - set(shards))
+    missing = next((i for i in range(len(shards)) if i not in shards), None)
+    if missing is not None:
         raise TableError(f"{where} lacks shard {missing} of {tensor!r}: it has {len(shards)} of {max(shards) + 1}")
     return [shards[i] for i in range(len(shards))]
 
@@ -273,7 +283,7 @@ def _packed(entry: TensorEntry, metadata: dict[str, str]) -> Layout:
     except (KeyError, ValueError):
         raise TableError(f"{entry.path} is declared packed but does not say {ROW_TYPE_KEY} and {DIM_KEY}") from None
     needed = packed_stride(kind.row_bytes(dim))
-    if entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] != needed:
+    if dim < 1 or entry.dtype != "U8" or len(entry.shape) != 2 or not entry.shape[0] or entry.shape[1] != needed:
         raise TableError(
             f"packed tensor {entry.name!r} in {entry.path} is {entry.dtype} {list(entry.shape)}; "
             f"{kind.name} rows of {dim} values need U8 [rows, {needed}]"

@@ -89,8 +89,6 @@ class RowTable:
         """
         paths = safetensors_files(path)
         layout = find_layout([read_header(file) for file in paths], tensor)
-        if not layout.rows or not layout.dim:
-            raise TableError(f"table {tensor!r} in {paths[0]} has no rows: its shape is [{layout.rows}, {layout.dim}]")
         return cls(name if name is not None else paths[0].stem, layout, read)
 
     def step_bytes(self, rows: int) -> int:

@@ -9,8 +9,6 @@ Shards are columns and go side by side in the order of their ranks, numerically.
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +23,12 @@ from server.cache.row_types import Floats, row_type
 from server.cache.table_writer import write_table
 from server.commands.folders import new_folder
 from server.errors import PackError
-from server.memory.pack import StemConfig, table_file
+from server.json_text import parsed
+from server.memory.pack import StemConfig, is_whole, table_file
 
 SHARDS = "stem_shards"
 SHARD = re.compile(r"stem_model_mp(\d+)\.pt$")
-TENSOR = re.compile(r"(?:.*\.)?stem_embeddings\.(\d+)\.weight$")
+TENSOR = re.compile(r"(?:.*\.)?stem_embeddings\.(\d{1,9})\.weight$")
 CHUNK = 4096  # rows put together at once
 
 
@@ -37,7 +36,7 @@ def convert_stem(*, source: Path, out: Path, dtype: str = "bfloat16") -> Path:
     """Writes the pack to `out` and returns it. Raises PackError with both values of what does not agree."""
     stored, params = row_type(dtype), read_params(source)
     shards = [read_shard(path) for path in shard_files(source)]
-    layers = params["stem_layers"] or list(range(1, params["n_layers"]))  # the reference's default: all but the first
+    layers = params["stem_layers"] or range(1, params["n_layers"])  # the reference's default: all but the first
     check(source, shards, layers)
     vocab = len(shards[0][0])
     width = sum(shard[0].shape[1] for shard in shards)
@@ -61,9 +60,12 @@ def read_params(folder: Path) -> dict[str, Any]:
     """params.json's model section. Raises PackError if it is not there or lacks a field."""
     path = folder / "params.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
         model = content.get("model", content)
-        return {"stem_layers": model.get("stem_layers"), "dim": int(model["dim"]), "n_layers": int(model["n_layers"])}
+        found = {"stem_layers": model.get("stem_layers"), "dim": model["dim"], "n_layers": model["n_layers"]}
+        if not all(map(is_whole, [*(found["stem_layers"] or ()), found["dim"], found["n_layers"]])):
+            raise ValueError(found)
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise PackError(
             f"{path} is no readable JSON with dim and n_layers; {folder} needs a STEM checkpoint's"
@@ -82,10 +84,14 @@ def read_shard(path: Path) -> list[Tensor]:
     """One table part per STEM layer, in order, mapped from the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise PackError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle fails in whatever way the unpickler meets it
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise PackError(f"{path} is no file of tensors: {said}") from None
     content = content.get("model", content) if isinstance(content, dict) else {}
-    parts = {int(match[1]): tensor for name, tensor in content.items() if (match := TENSOR.match(str(name)))}
+    named = content.items() if isinstance(content, dict) else ()
+    parts = {int(match[1]): part for name, part in named if (match := TENSOR.match(str(name)))}
+    if not all(isinstance(part, Tensor) and part.layout == torch.strided for part in parts.values()):
+        raise PackError(f"{path} has stem_embeddings that are no dense tensors")
     if sorted(parts) != list(range(len(parts))):
         raise PackError(f"{path} has stem_embeddings {sorted(parts)}; it needs 0 and all up to the last")
     return [parts[index] for index in range(len(parts))]

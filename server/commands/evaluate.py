@@ -27,6 +27,7 @@ from server.runtime.process import build_engine
 from server.settings import Settings
 from server.training import gates, recall
 from server.training.curves import figure
+from server.training.data import read_text
 from server.training.gates import Watched, watching
 from server.training.run import FACTS, GENERAL
 
@@ -84,7 +85,8 @@ def evaluate(settings: Settings, *, limit: int = 0, json: Path | None = None, pl
 
 
 def text_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else []
+    """Those that are not blank; none without the file. Raises PackError for one that is no text."""
+    return [line for line in read_text(path, "general text").splitlines() if line.strip()] if path.is_file() else []
 
 
 def measure_recall(

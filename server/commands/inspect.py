@@ -26,7 +26,7 @@ from server.commands.pack import chunks
 from server.errors import PackError
 from server.memory.attached import read_memory
 from server.memory.pack import PackConfig, StemConfig, table_file
-from server.memory.stored import counting
+from server.memory.stored import Stored, counting
 
 
 def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def summary(path: Path, *, verify: bool = False) -> dict[str, Any]:
     else:
         family, config, layouts = memory.family, memory.config, memory.layouts
     addresser = counting(config.addressing())
+    if isinstance(memory, Stored):
+        memory.check_rule(addresser)
     checks = ["headers", f"row counts equal {'the vocabulary' if addresser.orders == (1,) else 'the primes'}"]
     for layer, layout in layouts.items():
         if layout.rows != addresser.rows_per_table[layer]:

@@ -106,7 +106,7 @@ def open_pack(
     addresser = from_config(config.addressing(), tokenizer=tokenizer)
     check_compression(config, addresser)
     stored.check_rows(addresser)
-    modules = {layer: load_modules(stored, layer, form(engram_shape(config), dtype)) for layer in config.layer_ids}
+    modules = {layer: load_modules(stored, layer, form, dtype) for layer in config.layer_ids}
     for module in modules.values():
         module.to(device).eval().requires_grad_(False)
     tables: dict[int, Table] = {**stored.open_tables(name, read)}
@@ -140,21 +140,32 @@ def form_of(stored: Stored) -> type[MemoryLayer]:
     return FORMS[stored.config.form]
 
 
-def load_modules(stored: Stored, layer: int, module: MemoryLayer) -> MemoryLayer:
-    """The small weights. Raises PackError for a missing or misshapen tensor and for values that are not finite."""
-    found = stored.modules(layer)
-    for name, parameter in module.named_parameters():
+def load_modules(stored: Stored, layer: int, form: type[MemoryLayer], dtype: torch.dtype) -> MemoryLayer:
+    """The small weights. Raises PackError for a missing or misshapen tensor and for values that are not finite.
+
+    Shapes are compared before anything of the sizes that the config names is allocated.
+    """
+    found, shape = stored.modules(layer), engram_shape(stored.config)
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in form(shape, dtype).named_parameters()}
+    for name, size in wanted.items():
         what = f"layers.{layer}.{name}"
         if name not in found:
             raise PackError(f"{stored.folder} lacks the tensor {what}")
-        copy_checked(parameter, found[name], f"{stored.folder}: {what}")
+        if found[name].shape != size:
+            raise PackError(
+                f"{stored.folder}: {what} has shape {list(found[name].shape)} and config.json needs {list(size)}"
+            )
+    module = form(shape, dtype)
+    for name, parameter in module.named_parameters():
+        copy_checked(parameter, found[name], f"{stored.folder}: layers.{layer}.{name}")
     return module
 
 
 @torch.no_grad()
 def copy_checked(parameter: Tensor, value: Tensor, what: str) -> None:
-    if value.shape != parameter.shape:
-        raise PackError(f"{what} has shape {list(value.shape)} and config.json needs {list(parameter.shape)}")
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise PackError(f"{what} is {value.dtype}; floats of 16 bits and more are read")
     if not torch.isfinite(value).all():
         raise PackError(f"{what} holds NaN or infinity; the pack is damaged")
     parameter.copy_(value)

@@ -27,8 +27,9 @@ from server.cache.layouts import SHARD, Header, Layout, find_layout, read_header
 from server.cache.row_types import E8M0_BIAS
 from server.errors import PackError, TableError
 from server.memory.addressing import Addresser
+from server.memory.families import integer, integers, per_order
 from server.memory.pack import PackConfig
-from server.memory.stored import Modules, Stored, counting, print_of, read_tensors, stated
+from server.memory.stored import Modules, Stored, counting, print_of, read_tensors, stated, stated_number
 
 BLOCK = r"^(?!mtp\.)(?:.*\.)?layers\.{layer}\."  # the draft model's layers have numbers of their own
 SCALES = ("scale", "weight_scale", "weight_scale_inv")
@@ -133,15 +134,15 @@ def checkpoint_config(
 ) -> PackConfig:
     """The memory's part of the config, in a pack's words."""
     first = layouts[addresser.layer_ids[0]]
-    size = content.get("engram_vocab_size", content.get("ngram_vocab_size_base"))
-    pad = content.get("eos_token_id" if family.raw else "engram_pad_token_id")
+    sizes = per_order(content, "ngram_vocab_size_base" if family.raw else "engram_vocab_size", len(addresser.orders))
+    pad = integers(content, "eos_token_id")[0] if family.raw else integer(content, "engram_pad_token_id", default=0)
     return PackConfig(
         layer_ids=addresser.layer_ids,
         max_ngram_size=addresser.n,
         n_head_per_ngram=addresser.heads,
-        engram_vocab_size=tuple(size) if isinstance(size, Sequence) else (size,) * len(addresser.orders),
+        engram_vocab_size=sizes,
         head_dim=first.dim,
-        pad_id=int(pad[0] if isinstance(pad, Sequence) else pad or 0),
+        pad_id=pad,
         seed=content.get("seed") or 0,
         hidden_size=stated(content, "hidden_size"),
         vocab_size=stated(content, "vocab_size"),
@@ -152,7 +153,7 @@ def checkpoint_config(
         backbone={"name": folder.resolve().name, "fingerprint": "", "num_layers": content.get("num_hidden_layers")},
         row_type=first.row_type.name,
         kernel_size=stated(content, family.kernel) if family.kernel else 4,
-        norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        norm_eps=stated_number(content, "rms_norm_eps", 1e-6),
         branches=stated(content, family.branches),
         form=family.name,
         rule=rule,
@@ -186,7 +187,7 @@ def dequantised(value: Tensor, scale: Tensor | None, name: str) -> Tensor:
         exponents = scale.view(torch.uint8).int() - E8M0_BIAS
         scale = torch.ldexp(torch.ones(exponents.shape), exponents)
     scale = scale.float()
-    if scale.numel() > 1:
+    if scale.numel() != 1:
         for axis, size in enumerate(value.shape):
             count = scale.shape[axis] if scale.dim() == value.dim() else 0
             block = next((block for block in BLOCK_SIZES if -(-size // block) == count), None)

@@ -19,7 +19,7 @@ engram-peft 1.2.7; for token ids arXiv 2601.10639.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ import numpy.typing as npt
 from server.errors import PackError
 from server.memory.compression import compression_map, rust_backend
 from server.memory.constants import INT64_MAX, PrimeWalk, drawn_multipliers, split_multipliers
+
+MOST_HEADS = 8192  # of all layers and orders together: their primes are searched for, a second's work
 
 Config = Mapping[str, Any]
 Primes = tuple[tuple[int, ...], ...]  # [order][head]
@@ -122,6 +124,7 @@ def qwen_rule(config: Config) -> NGramRule:
     orders = tuple(range(2, integer(config, "ngram_size", least=2, most=64) + 1))
     heads, vocab = integer(config, "heads_per_ngram", least=1, most=4096), integer(config, "vocab_size", least=1)
     base, seed = integer(config, "ngram_vocab_size_base", least=1), integer(config, "seed", default=1234)
+    check_heads(layers, orders, heads)
     eos = integers(config, "eos_token_id")[0]
     if not 0 <= eos < vocab:
         raise PackError(f"eos_token_id is {eos}; it must be an id below vocab_size {vocab}")
@@ -179,6 +182,7 @@ def hashed(
     seed: int,
 ) -> NGramRule:
     """The paper's rule: one walk over the primes for the whole model, layers outermost, then orders."""
+    check_heads(layers, orders, heads)
     walk = PrimeWalk()
     primes = tuple(tuple(walk.take(base, heads) for base in bases) for _ in layers)
     return NGramRule(
@@ -195,6 +199,16 @@ def hashed(
     )
 
 
+def check_heads(layers: Sequence[int], orders: Sequence[int], heads: int) -> None:
+    """Raises PackError for more heads than a memory has: a prime of their own each would take a while to find."""
+    asked = len(layers) * len(orders) * heads
+    if asked > MOST_HEADS:
+        raise PackError(
+            f"the memory has {len(layers)} layers of {len(orders)} orders of {heads} heads, {asked} heads in all; "
+            f"at most {MOST_HEADS} are read"
+        )
+
+
 def stored_primes(rule: NGramRule, config: Config) -> NGramRule:
     """Primes a pack ships must be those its sizes give, layer by layer and head by head."""
     if config.get("primes") is None:
@@ -202,6 +216,8 @@ def stored_primes(rule: NGramRule, config: Config) -> NGramRule:
     for layer, computed in zip(rule.layer_ids, rule.primes, strict=True):
         stored = by_layer(config, "primes", layer)
         flat = [prime for order in stored for prime in (order if isinstance(order, Sequence) else [order])]
+        for prime in flat:
+            integer({"primes": prime}, "primes", least=1)
         expected = [prime for order in computed for prime in order]
         if flat != expected:
             raise PackError(
@@ -310,5 +326,5 @@ def total(primes: Primes) -> int:
     return sum(sum(order) for order in primes)
 
 
-def listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))

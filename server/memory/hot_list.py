@@ -80,7 +80,7 @@ def read_hot_list(path: Path, fingerprint: str) -> HotList | None:
                     counts = file.get_tensor(f"{layer}.{order}.counts")
                     lists[int(layer), int(order)] = _checked(file.get_tensor(name), counts)
             return HotList(fingerprint, lists, float(about["saved"]))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # types numpy lacks
         raise PackError(f"{path} cannot be read as a hot list: {error}; remove it, a new one will be saved") from None
 
 

@@ -15,12 +15,13 @@ refused loudly. A STEM pack (kind "stem") has config.json and tables only. Sourc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from server.errors import PackError
+from server.json_text import parsed
 from server.memory.layer import EngramShape
 
 FORMAT_VERSION = 1
@@ -85,10 +86,7 @@ class PackConfig:
 
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> PackConfig:
-        values = known_fields(content, set(cls.__dataclass_fields__), OPTIONAL, path)
-        values["layer_ids"] = tuple(values["layer_ids"])
-        values["engram_vocab_size"] = tuple(values["engram_vocab_size"])
-        return cls(**values)
+        return cls(**known_fields(content, cls, OPTIONAL, path))
 
     def write(self, folder: Path) -> None:
         write_config(folder, asdict(self))
@@ -151,9 +149,7 @@ class StemConfig:
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> StemConfig:
         optional = {"row_type", "calibration", "trained_steps"}
-        values = known_fields(content, set(cls.__dataclass_fields__), optional, path)
-        values["layer_ids"] = tuple(values["layer_ids"])
-        return cls(**values)
+        return cls(**known_fields(content, cls, optional, path))
 
     def write(self, folder: Path) -> None:
         write_config(folder, asdict(self))
@@ -176,7 +172,7 @@ def read_config(folder: Path) -> PackConfig | StemConfig:
         raise PackError(f"{path} has no format_version, and no field that tells another memory; it is not a pack's")
     kinds: dict[str, type[PackConfig] | type[StemConfig]] = {"engram": PackConfig, "stem": StemConfig}
     kind = content.get("kind")
-    if content["format_version"] != FORMAT_VERSION or kind not in kinds:
+    if content["format_version"] != FORMAT_VERSION or kind not in list(kinds):
         raise PackError(
             f"{path} is kind {kind!r}, format {content['format_version']}; this server reads "
             f"kinds 'engram' and 'stem', format {FORMAT_VERSION}"
@@ -188,7 +184,7 @@ def read_content(folder: Path) -> dict[str, Any]:
     """config.json, the text part of a multimodal model's on top. Raises PackError."""
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except OSError:
         raise PackError(f"{folder} is no memory pack: it has no readable {CONFIG}") from None
     except ValueError as error:
@@ -204,12 +200,43 @@ def write_config(folder: Path, content: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def known_fields(content: dict[str, Any], known: set[str], optional: set[str], path: Path) -> dict[str, Any]:
-    """The content's fields that this version knows. Raises PackError if one that is needed is missing."""
-    missing = known - content.keys() - optional
+def known_fields(
+    content: dict[str, Any], kind: type[PackConfig] | type[StemConfig], optional: set[str], path: Path
+) -> dict[str, Any]:
+    """The content's fields that this version knows, lists as tuples.
+
+    Raises PackError if one that is needed is missing, or one is of another type than it must be.
+    """
+    hints = get_type_hints(kind)
+    missing = hints.keys() - content.keys() - optional
     if missing:
         raise PackError(f"{path} lacks {', '.join(sorted(missing))}")
-    return {name: content[name] for name in known & content.keys()}
+    return {name: checked(content[name], hint, f"{path} has {name}") for name, hint in hints.items() if name in content}
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value if it is as a field's type says. Raises PackError, which begins with `where`."""
+    words, fits = KINDS[get_origin(hint) or hint]
+    if not fits(value):
+        raise PackError(f"{where} = {value!r}; it must be {words}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+# A field's type → what a value must be, in words and as a check.
+KINDS: Mapping[type, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number from 0 on", is_whole),
+    float: ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1),
+    str: ("a text", lambda value: isinstance(value, str)),
+    dict: ("an object", lambda value: isinstance(value, dict)),
+    tuple: (
+        "a list of whole numbers",
+        lambda value: isinstance(value, list) and bool(value) and all(map(is_whole, value)),
+    ),
+}
 
 
 def check_pairs(pairs: Sequence[tuple[str, object, object]]) -> None:

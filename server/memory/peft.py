@@ -87,7 +87,7 @@ def adapter_config(content: Mapping[str, Any], rule: dict[str, Any], addresser: 
         n_head_per_ngram=addresser.heads,
         engram_vocab_size=sizes,
         head_dim=first.dim,
-        pad_id=content.get("pad_id", 0),
+        pad_id=content.get("pad_id") or 0,
         seed=content.get("seed") or 0,
         hidden_size=stated(content, "hidden_size"),
         vocab_size=0,
@@ -126,14 +126,17 @@ def modules(folder: Path, headers: Sequence[Header], config: PackConfig, layer: 
     missing = stored.keys() - found.keys()
     if missing:
         raise PackError(f"{folder} lacks the tensor {stored[min(missing)]}")
-    key_value = torch.cat([*(found[f"key.{c}"] for c in branches), found["value"]])
-    norms = ("key_norm", "query_norm", "conv_norm")
-    return {
-        "key_value.weight": key_value,
-        "key_value.bias": torch.zeros(len(key_value)),
-        **{f"{name}.weight": torch.stack([found[f"{name}.{c}"] for c in branches]) for name in norms},
-        "conv": found["conv"].flatten(1),
-    }
+    try:
+        key_value = torch.cat([*(found[f"key.{c}"] for c in branches), found["value"]])
+        norms = ("key_norm", "query_norm", "conv_norm")
+        return {
+            "key_value.weight": key_value,
+            "key_value.bias": torch.zeros(len(key_value)),
+            **{f"{name}.weight": torch.stack([found[f"{name}.{c}"] for c in branches]) for name in norms},
+            "conv": found["conv"].flatten(1),
+        }
+    except (RuntimeError, IndexError) as error:
+        raise PackError(f"{folder}: the tensors of layer {layer} do not go together: {error}") from None
 
 
 def is_adapter(content: Mapping[str, Any]) -> bool:

@@ -26,9 +26,17 @@ from server.cache.table_files import ReadMode
 from server.errors import PackError
 from server.memory.addressing import Addresser, from_config
 from server.memory.attachment import fingerprint
+from server.memory.families import listed
 from server.memory.pack import MODULES, PackConfig, table_file
 
 Modules = dict[str, Tensor]
+SIZES = {  # what a layer is sized by → the least and the most that is read
+    "hidden_size": (1, 1 << 20),
+    "branches": (1, 1 << 10),
+    "kernel_size": (1, 1 << 10),
+    "max_ngram_size": (1, 1 << 10),
+    "dilation": (0, 1 << 10),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +59,32 @@ class Stored:
         return self.family != self.config.kind
 
     def check_shape(self) -> None:
-        """Raises PackError if config.json does not say what a layer is sized by."""
-        for what in ("hidden_size", "branches", "kernel_size"):
-            value = getattr(self.config, what)
-            if type(value) is not int or value < 1:
-                raise PackError(f"{self.folder}: config.json does not state the memory's {what.replace('_', ' ')}")
+        """Raises PackError if config.json does not say what a layer is sized by, or says what no layer has."""
+        for what, (least, most) in SIZES.items():
+            value, words = getattr(self.config, what), what.replace("_", " ")
+            if type(value) is not int or value < least:
+                raise PackError(f"{self.folder}: config.json does not state the memory's {words}")
+            if value > most:
+                raise PackError(
+                    f"{self.folder}: config.json gives the memory's {words} as {value}; at most {most} is read"
+                )
+
+    def check_rule(self, addresser: Addresser) -> None:
+        """Raises PackError unless the rule is one of n-grams, for the layers and row widths that the config names."""
+        if not addresser.primes or set(addresser.layer_ids) != set(self.config.layer_ids):
+            raise PackError(
+                f"{self.folder}: config.json names the layers {listed(self.config.layer_ids)} and a rule for "
+                f"n-grams at {listed(addresser.primes) or 'none'}"
+            )
+        if self.config.row_width != addresser.columns * self.config.head_dim:
+            raise PackError(
+                f"{self.folder}: config.json has {self.config.n_head_per_ngram} heads per n-gram; its rule has "
+                f"{addresser.heads}"
+            )
 
     def check_rows(self, addresser: Addresser) -> None:
         """Raises PackError with both sizes if a table is not as the config says."""
+        self.check_rule(addresser)
         for layer, layout in self.layouts.items():
             rows, dim = addresser.rows_per_table[layer], self.config.head_dim
             if (layout.rows, layout.dim) != (rows, dim):
@@ -117,6 +143,14 @@ def print_of(config: bytes, paths: Iterable[Path]) -> str:
         status = path.stat()
         digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns};".encode())
     return digest.hexdigest()
+
+
+def stated_number(content: Mapping[str, Any], field: str, default: float) -> float:
+    """A number from 0 to 1 of a foreign config, such as a norm's epsilon. Raises PackError."""
+    value = content.get(field, default)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise PackError(f"{field} is {value!r}; it must be a number from 0 to 1")
+    return float(value)
 
 
 def stated(content: Mapping[str, Any], field: str) -> int:

@@ -112,8 +112,9 @@ class ModelConfig:
 
 
 def _refuse_quantised(given: Values) -> None:
-    if given.values.get("quantization_config"):
-        method = given.values["quantization_config"].get("quant_method", "unnamed")
+    quantised = given.values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else "unnamed"
         raise UnsupportedModel(
             f"the model's weights are quantised ({method}); supported: bfloat16, float16 and float32 safetensors, GGUF"
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from server.errors import UnsupportedModel
+from server.errors import BrokenModel, UnsupportedModel
 from server.models.rope import rope_values
 from server.models.values import Values
 
@@ -55,8 +55,10 @@ class Family:
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises UnsupportedModel, naming the supported ones."""
+    """The family of a config.json. Raises UnsupportedModel, naming the supported ones, or BrokenModel."""
     names = values.get("architectures") or []
+    if not isinstance(names, list):
+        raise BrokenModel(f"config.json has architectures = {names!r}; it must be a list of names")
     for family in FAMILIES.values():
         if family.hf_class in names or (not names and values.get("model_type") == family.architecture):
             return family
@@ -71,7 +73,7 @@ def _rotated(layers: int) -> tuple[RotaryKind, ...]:
 
 def _activation(given: Values, key: str, wanted: Activation) -> Activation:
     act = given.values[key]
-    known = {"swish": "silu", "gelu_tanh": "gelu_pytorch_tanh"}.get(act, act)
+    known = {"swish": "silu", "gelu_tanh": "gelu_pytorch_tanh"}.get(str(act), act)
     if known != wanted:
         raise UnsupportedModel(f"the model's activation is {act!r}; supported for its architecture: {wanted}")
     return wanted
@@ -132,7 +134,7 @@ def _mistral_written(features: Features) -> dict[str, Any]:
 def _qwen_windows(given: Values, layers: int) -> tuple[int, ...]:
     if not given.flag("use_sliding_window") or given.values["sliding_window"] is None:
         return (0,) * layers
-    window, first = given.integer("sliding_window"), given.values["max_window_layers"]
+    window, first = given.integer("sliding_window"), given.integer("max_window_layers", least=0)
     return tuple(window * sliding for sliding in _layer_types(given, layers, lambda layer: layer >= first))
 
 

@@ -70,6 +70,9 @@ def rope_scaling(rope: Values, max_position: int) -> RopeScaling | None:
             high_freq_factor=rope.number("high_freq_factor"),
             original_max_position=original,
         )
+    theta = rope.number("rope_theta")
+    if theta <= 1:
+        raise BrokenModel(f"the model's rope_theta is {theta}; YaRN needs one above 1")
     factor = rope.number("factor", max_position / original)
     return RopeScaling(
         "yarn",

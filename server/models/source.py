@@ -9,7 +9,6 @@ Torch-free. It knows files and metadata, no tensors: `weights.py` reads those.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from server.errors import BrokenModel, UnknownModel, UnsupportedModel
+from server.json_text import parsed
 from server.models.config import ModelConfig
 from server.models.families import FAMILIES
 from server.models.gguf_file import GgufFile
@@ -118,7 +118,7 @@ def _open_folder(path: Path, name: str) -> ModelSource:
     template_file = path / "chat_template.jinja"
     template = _default_template(tokenizer_config.get("chat_template"))
     if template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
+        template = _read_text(template_file)
     given = {**read_json(path / "special_tokens_map.json", {}), **tokenizer_config}
     return ModelSource(name, path, "folder", config, template, _special_texts(given))
 
@@ -128,14 +128,22 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     if default is not None and not path.exists():
         return default
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnknownModel(f"{path.parent} is no model folder: {path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        values = parsed(_read_text(path))
+    except ValueError as error:
         raise BrokenModel(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise BrokenModel(f"{path} holds a {type(values).__name__}; it must hold an object")
     return values
+
+
+def _read_text(path: Path) -> str:
+    """Raises UnknownModel for a file that cannot be read, BrokenModel for one that is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UnknownModel(f"{path.parent} is no model folder: {path.name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BrokenModel(f"{path} is no UTF-8 text: {error}") from None
 
 
 def _default_template(given: Any) -> str | None:
@@ -237,6 +245,9 @@ def _llama3_scaling(gguf: GgufFile, architecture: str) -> dict[str, Any]:
     The lowest frequency is divided by the whole factor; the other constants are the same in every release. A file
     whose divisors do not follow is refused, not approximated.
     """
+    shape = gguf.tensors["rope_freqs.weight"].shape
+    if len(shape) != 1 or not shape[0]:
+        raise BrokenModel(f"{gguf.path} has rope_freqs.weight of shape {list(shape)}; it must be a list of divisors")
     divisors = gguf.rows(gguf.map(), "rope_freqs.weight", 0, 1)[0].astype(np.float64)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     theta = gguf.number(f"{architecture}.rope.freq_base", 10_000.0)

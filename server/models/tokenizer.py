@@ -36,8 +36,16 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text. Special tokens written out in it become their ids, as with transformers."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Ids of a text. Special tokens written out in it become their ids, as with transformers.
+
+        Raises BrokenModel where the vocabulary lacks what the text needs, such as its own unknown token.
+        """
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, ValueError):  # no text
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise BrokenModel(f"the model's tokenizer cannot read this text: {error}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that form no character become U+FFFD, ids beyond the vocabulary nothing."""
@@ -102,7 +110,7 @@ CONTROL, USER_DEFINED = 3, 4
 def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     """The tokenizer a GGUF describes. Raises UnsupportedModel for other kinds, BrokenModel for missing parts."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != BYTE_LEVEL or pre not in PRE_TOKENIZERS:
+    if kind != BYTE_LEVEL or pre not in list(PRE_TOKENIZERS):
         raise UnsupportedModel(
             f"{path} has a tokenizer of kind {kind!r}, pre-tokenizer {pre!r}; supported: {BYTE_LEVEL} with "
             f"{', '.join(PRE_TOKENIZERS)}; serve the model's Hugging Face folder instead"
@@ -127,10 +135,13 @@ def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tok
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == USER_DEFINED])
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     begins = metadata.get("tokenizer.ggml.add_bos_token", rules.begins_with_bos)
-    if begins and isinstance(bos, int) and bos < len(tokens):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A $B", special_tokens=[(tokens[bos], bos)]
-        )
+    if begins and isinstance(bos, int) and 0 <= bos < len(tokens):
+        try:
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A $B", special_tokens=[(tokens[bos], bos)]
+            )
+        except ValueError as error:
+            raise BrokenModel(f"{path} begins texts with {tokens[bos]!r}, which cannot be done: {error}") from None
     return backend
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from server.errors import BrokenModel
+
+INT64_MAX = (1 << 63) - 1
+SMALLEST, LARGEST = 1e-30, 1e30  # of a number that is no count: beyond them sums of float64 overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +23,22 @@ class Values:
             raise BrokenModel(f"the model's config lacks {key}")
         return self.values.get(key, default)
 
-    def integer(self, key: str, default: int | None = None, most: float = math.inf) -> int:
-        """A whole number above 0, at most `most`. Raises BrokenModel."""
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = INT64_MAX) -> int:
+        """A whole number from `least` to `most`. Raises BrokenModel."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BrokenModel(f"the model's config has {key} = {value!r}; it must be a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise BrokenModel(f"the model's config has {key} = {value!r}; it must be a whole number from {least} on")
         if value > most:
             raise BrokenModel(f"the model's config has {key} = {value}; more than {most} are no model's")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0. Raises BrokenModel."""
+        """A number from SMALLEST to LARGEST. Raises BrokenModel."""
         value = self._get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise BrokenModel(f"the model's config has {key} = {value!r}; it must be a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not SMALLEST <= value <= LARGEST:
+            raise BrokenModel(
+                f"the model's config has {key} = {value!r}; it must be a number from {SMALLEST} to {LARGEST}"
+            )
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -54,6 +58,6 @@ class Values:
 def token_ids(key: str, value: Any) -> tuple[int, ...]:
     """One id, a list of ids or nothing, as a tuple. Raises BrokenModel."""
     ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= INT64_MAX for i in ids):
         raise BrokenModel(f"{key} is {value!r}; it must be a token id or a list of them")
     return tuple(ids)

@@ -80,9 +80,12 @@ def tensors(source: ModelSource, dtype: torch.dtype) -> Iterator[tuple[str, Tens
     """(name, tensor) of every tensor of `expected_shapes`, in `dtype`.
 
     Raises BrokenModel (missing, foreign, of another shape, truncated) and UnsupportedModel (stored in another type),
-    both before the first tensor is given.
+    both before anything of the sizes that the config names need be made.
     """
-    return _gguf_tensors(source, source.gguf, dtype) if source.gguf else _folder_tensors(source, dtype)
+    if source.gguf:
+        _check(source, _gguf_shapes(source.gguf, source.config))
+        return _gguf_tensors(source, source.gguf, dtype)
+    return _folder_tensors(_checked_files(source), expected_shapes(source.config), dtype)
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -142,9 +145,9 @@ def _ignorable(name: str) -> bool:
 # Safetensors
 
 
-def _folder_tensors(source: ModelSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    files = _checked_files(source)
-    wanted = expected_shapes(source.config)
+def _folder_tensors(
+    files: dict[str, Path], wanted: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     for file in dict.fromkeys(files.values()):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping, only keys()
@@ -209,9 +212,7 @@ def _gguf_shapes(gguf: GgufFile, config: ModelConfig) -> dict[str, tuple[int, ..
 
 
 def _gguf_tensors(source: ModelSource, gguf: GgufFile, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    config = source.config
-    _check(source, _gguf_shapes(gguf, config))
-    data = gguf.map()
+    config, data = source.config, gguf.map()
     permuted = gguf.metadata.get("general.architecture") == PERMUTED
     for name, shape in expected_shapes(config).items():
         stored = gguf_name(name)

@@ -134,10 +134,11 @@ def build_model(
     `without_up`: layers whose up-projection is not wanted; `bits`: --quantize; `rows`: what multiplies plain rows,
     where they are kept too. Raises SettingsError if it cannot be.
     """
+    weights = tensors(source, dtype)
     with torch.device(device):
         model = Decoder(source.config, max_len, dtype, without_up)
     with torch.inference_mode():
-        model.load(tensors(source, dtype))
+        model.load(weights)
         if bits != "none":
             if device.type != "cpu":
                 raise SettingsError(f"--quantize is {bits} and the model runs on {device}; use --device cpu")

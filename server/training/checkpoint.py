@@ -65,7 +65,7 @@ def restore(folder: Path, trainer: Trainer, stamp: str) -> list[dict[str, float]
         trainer.step = int(metadata["step"])
         history: list[dict[str, float]] = json.loads(metadata["history"])
         return history
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise PackError(f"{path} is damaged: {error}; remove {folder} to begin anew") from None
 
 

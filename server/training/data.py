@@ -10,7 +10,6 @@ like length, in an order that depends on seed and epoch alone. Knows tokenizers 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from server.batch import Ints
 from server.errors import PackError
+from server.json_text import parsed
 
 PIECE = 256  # tokens of a text that are read together
 BUCKET = 8  # batches' worth of sequences that are sorted by length together
@@ -60,7 +60,7 @@ def read_examples(path: Path, encode: Encode, end: int | None, max_len: int) -> 
 
 def example_of(line: str, number: int, path: Path, encode: Encode, end: int | None) -> Example:
     try:
-        entry = json.loads(line)
+        entry = parsed(line)
         prompt, completion = entry["prompt"], entry["completion"]
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise TypeError

@@ -27,10 +27,11 @@ class Frozen:
     """A backbone and the parts of its forward pass that training needs."""
 
     def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device, max_len: int) -> None:
+        weights = tensors(source, dtype)
         with torch.device(device):
             self.decoder = Decoder(source.config, max_len, dtype)
         with torch.no_grad():
-            self.decoder.load(tensors(source, dtype))
+            self.decoder.load(weights)
         self.decoder.eval().requires_grad_(False)
         self.config, self.dtype, self.device, self.max_len = source.config, dtype, device, max_len
         self.blocks = [cast(Block, block) for block in self.decoder.blocks]

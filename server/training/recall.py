@@ -8,16 +8,17 @@ Each with the memory and without. Knows engines and token ids; nothing of how th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import PackError
+from server.json_text import parsed
 from server.models.tokenizer import Tokenizer
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit, TokenOutput
+from server.training.data import read_text
 
 PIECE = 256  # tokens of one line that are scored together
 
@@ -44,9 +45,9 @@ class Answer:
 def read_facts(path: Path) -> list[Fact]:
     """Raises PackError, with the line, for a file that is no JSONL of prompts and completions."""
     facts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "the facts in").splitlines(), 1):
         try:
-            entry = json.loads(line)
+            entry = parsed(line)
             facts.append(Fact(str(entry["prompt"]), str(entry["completion"])))
         except (ValueError, KeyError, TypeError):
             raise PackError(f'{path}, line {number} is no {{"prompt": "...", "completion": "..."}}') from None

@@ -6,7 +6,6 @@ others by chance. Facts are those in the pack's own facts.jsonl; the hot list ho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from server.memory.addressing import windows_of
 from server.memory.attachment import fingerprint
 from server.memory.hot_list import hot_list_path, read_hot_list
 from server.models.source import ModelSource
+from server.training.recall import read_facts
 from server.training.start import Opened
 
 FACTS, MOST_FACTS, MOST_NAMED = "facts.jsonl", 20_000, 20
@@ -96,7 +96,6 @@ class SharedRows:
         if not path.is_file():
             return []
         encode, found = self._source.tokenizer.encode, []
-        for line in path.read_text(encoding="utf-8").splitlines()[:MOST_FACTS]:
-            fact = json.loads(line)
-            found.append((fact["prompt"], np.array(encode(fact["prompt"]) + encode(fact["completion"]), np.int64)))
+        for fact in read_facts(path)[:MOST_FACTS]:
+            found.append((fact.prompt, np.array(encode(fact.prompt) + encode(fact.completion), np.int64)))
         return found

@@ -23,7 +23,7 @@ from server.memory.addressing import Addresser, from_config
 from server.memory.attached import check_compression, load_modules, read_memory
 from server.memory.attachment import fingerprint, open_tables
 from server.memory.engram import Engram
-from server.memory.pack import PackConfig, StemConfig, engram_shape
+from server.memory.pack import PackConfig, StemConfig
 from server.models.source import ModelSource
 from server.models.weights import fingerprint as model_fingerprint
 from server.training.activations import Bare, States, read_bare
@@ -87,7 +87,7 @@ def open_to_teach(folder: Path, source: ModelSource, device: torch.device) -> Op
     stored.check_rows(addresser)
     modules: dict[int, Engram] = {}
     for layer in config.layer_ids:
-        module = load_modules(stored, layer, Engram(engram_shape(config), torch.float32))
+        module = load_modules(stored, layer, Engram, torch.float32)
         assert isinstance(module, Engram)
         modules[layer] = module.to(device)
     return Opened(folder, config, addresser, stored.open_tables(folder.name), modules)

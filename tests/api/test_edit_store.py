@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,41 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(SettingsError, match="--edits-db"):
         EditStore(path)
     assert path.read_text().startswith("not a database")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "UPDATE rows SET dim = 0",
+        "UPDATE rows SET ids = 'words'",
+        "UPDATE rows SET vals = x'00'",
+        "UPDATE edits SET asked = '{'",
+        "UPDATE edits SET asked = '[]'",
+        'UPDATE edits SET asked = \'{"prompt": 1, "completion": 2}\'',
+        "UPDATE edits SET kind = 'guess'",
+        "UPDATE edits SET report = 'null and void'",
+        "UPDATE audit SET detail = ''",
+    ],
+)
+def test_a_damaged_store_is_refused_at_the_start_in_one_line(store: EditStore, tmp_path: Path, harm: str) -> None:
+    edit = fact(store)
+    assert edit is not None and store.begin(edit.id)
+    assert store.finish(edit.id, {1: EditedRows(np.arange(2), np.zeros((2, 4), np.float32))}, {})
+    store.close()
+    path = tmp_path / "folder" / "edits.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(harm)
+        db.commit()
+    with pytest.raises(SettingsError, match="cannot be used") as refused:
+        EditStore(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_store_of_damaged_pages_is_refused_at_the_start(store: EditStore, tmp_path: Path) -> None:
+    fact(store)
+    store.close()
+    path = tmp_path / "folder" / "edits.db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    with pytest.raises(SettingsError, match="cannot be used"):
+        EditStore(path)

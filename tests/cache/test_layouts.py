@@ -88,6 +88,9 @@ def test_a_file_without_the_table_lists_what_it_has(tmp_path: Path) -> None:
         (zeros("I64", 8, 4, 4), "is I64; this server reads F32"),
         (zeros("F32", 4, 16), r"is F32 \[16\]"),
         (zeros("F32", 4, 2, 2, 4), r"is F32 \[2, 2, 4\]"),
+        (zeros("F32", 4), r"is F32 \[\]; a table needs \[rows, values\] of one type, here F32 \[·\]"),
+        (zeros("F32", 4, 1 << 62, 0), "has no rows"),
+        (zeros("C64", 8, 2, 2), "is C64; this server reads F32"),
         (zeros("I8", 1, 4, 4), r"has no scales beside it \(looked for table.scale"),
     ],
 )
@@ -154,3 +157,36 @@ def test_a_table_of_no_rows_is_refused(tmp_path: Path) -> None:
 def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "does not exist")
     refused(tmp_path, "holds no .safetensors file")
+
+
+def test_a_shard_of_a_far_number_is_refused_at_once(tmp_path: Path) -> None:
+    """The missing ones are not listed to find the first."""
+    tensors = {"p.shard_0.weight": zeros("F32", 4, 3, 4), "p.shard_999999999.weight": zeros("F32", 4, 3, 4)}
+    path = write_safetensors(tmp_path / "t.safetensors", tensors)
+    refused(path, "lacks shard 1 of 'p': it has 2 of 1000000000", tensor="p")
+
+
+def test_a_number_of_thousands_of_digits_is_no_shards(tmp_path: Path) -> None:
+    tensors = {"p.shard_" + "9" * 5000 + ".weight": zeros("F32", 4, 3, 4)}
+    refused(write_safetensors(tmp_path / "t.safetensors", tensors), "holds no table 'p'", tensor="p")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"table": {"dtype": "F32", "shape": [Infinity, 4], "data_offsets": [0, 0]}}',
+        '{"__metadata__": {"engram.layout": 1}}',
+        '{"__metadata__": null}',
+        "[" * 100_000,
+    ],
+)
+def test_a_header_of_other_values_is_not_valid(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    refused(path, "its header is not valid")
+
+
+def test_a_packed_row_of_less_than_no_values_is_refused(tmp_path: Path) -> None:
+    metadata = {"engram.layout": "packed", "engram.row_type": "int8", "engram.dim": "-1"}
+    path = write_safetensors(tmp_path / "t.safetensors", {"table": zeros("U8", 1, 4, 16)}, metadata)
+    refused(path, "int8 rows of -1 values")

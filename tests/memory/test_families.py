@@ -280,3 +280,10 @@ def test_splitmix64_gives_the_published_stream() -> None:
     golden, states = 0x9E3779B97F4A7C15, (1_234_567, 1_234_567 + 0x9E3779B97F4A7C15)
     assert golden == states[1] - states[0]
     assert [splitmix64(state) for state in states] == [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]
+
+
+@pytest.mark.parametrize("heads", [4096, 1025])
+def test_more_heads_than_primes_are_searched_for_are_refused_at_once(heads: int) -> None:
+    config = {**DEMO, "n_head_per_ngram": heads, "layer_ids": [0, 1, 2, 3]}
+    with pytest.raises(PackError, match=f"4 layers of 2 orders of {heads} heads.*at most 8192"):
+        from_config(config)

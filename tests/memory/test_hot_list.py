@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 
@@ -22,7 +23,7 @@ from server.commands.hotlist import hotlist
 from server.errors import PackError
 from server.memory import warm_start
 from server.memory.addressing import from_config, windows_of
-from server.memory.hot_list import HotList, hot_list_path, read_hot_list
+from server.memory.hot_list import FORMAT, HotList, hot_list_path, read_hot_list
 from server.models.source import open_source
 from server.runtime.engine import Engine
 from server.runtime.messages import SamplingParams, Submit
@@ -297,3 +298,11 @@ def test_the_list_of_a_pack_that_left_is_not_its_successors() -> None:
     assert [source.table for _, source in warm._sources(packs[1])] == [new]  # type: ignore[arg-type]
     prefetcher.close()
     warm.close()
+
+
+def test_a_list_of_a_type_that_numpy_lacks_is_refused(tmp_path: Path) -> None:
+    path, about = tmp_path / "hot.safetensors", {"format": FORMAT, "fingerprint": "f", "saved": "1.0"}
+    tensors = {"1.2.keys": torch.zeros(3, dtype=torch.bfloat16), "1.2.counts": torch.zeros(3, dtype=torch.bfloat16)}
+    safetensors.torch.save_file(tensors, path, about)
+    with pytest.raises(PackError, match="cannot be read as a hot list"):
+        read_hot_list(path, "f")

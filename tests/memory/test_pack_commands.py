@@ -152,6 +152,33 @@ def test_a_pickle_that_would_run_something_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"dim": 16, "n_layers": 1 << 40}, "has 2 tables; params.json names 1099511627775 layers"),
+        ({"dim": 16, "n_layers": float("inf")}, "no readable JSON with dim and n_layers"),
+        ({"dim": 16, "n_layers": 5, "stem_layers": ["1", "../3"]}, "no readable JSON with dim and n_layers"),
+    ],
+)
+def test_parameters_that_no_checkpoint_has_are_refused_at_once(
+    shards: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, model: dict[str, Any], words: str
+) -> None:
+    folder, _ = shards
+    (folder / "params.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(PackError, match=words):
+        convert_stem(source=folder, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", [3, torch.zeros(1).to_sparse()], ids=["a number", "sparse"])
+def test_parts_that_are_no_dense_tensors_are_refused(
+    shards: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, part: Any
+) -> None:
+    folder, _ = shards
+    torch.save({"stem_embeddings.0.weight": part}, folder / "stem_shards" / "stem_model_mp4.pt")
+    with pytest.raises(PackError, match="no dense tensors"):
+        convert_stem(source=folder, out=tmp_path / "out")
+
+
 def test_a_missing_shard_is_named(shards: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path) -> None:
     folder, _ = shards
     (folder / "stem_shards" / "stem_model_mp4.pt").unlink()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from server.commands.attach import attach
 from server.errors import PackError, TableError
 from server.memory.addressing import windows_of
-from server.memory.attached import AttachedPack, open_pack
+from server.memory.attached import AttachedPack, open_pack, read_memory
 from server.memory.engram import Engram
 from server.memory.layer import EngramShape
 from server.memory.short_conv import ConvRead, ConvSlots
@@ -53,6 +53,21 @@ def change_config(pack: Path, **values: Any) -> None:
         ({"layer_ids": [1, 9]}, "9"),
         ({"head_dim": 8}, "16 values.*8|8.*16"),
         ({"format_version": 99}, "format 99"),
+        ({"kind": ["engram"]}, r"kind \['engram'\]"),
+        ({"layer_ids": 1}, "layer_ids = 1; it must be a list of whole numbers"),
+        ({"layer_ids": ["1", "../3"]}, "layer_ids = .*; it must be a list of whole numbers"),
+        ({"layer_ids": []}, "layer_ids"),
+        ({"norm_eps": "small"}, "norm_eps = 'small'; it must be a number"),
+        ({"form": ["paper"]}, "form = .*; it must be a text"),
+        ({"rule": 3}, "rule = 3; it must be an object"),
+        ({"rule": {"stem_layers": [1, 3], "vocab_size": 9}}, "a rule for n-grams at none"),
+        ({"norm_eps": float("nan")}, "norm_eps = nan; it must be a number from 0 to 1"),
+        ({"dilation": 1 << 62}, "dilation as 4611686018427387904; at most 1024"),
+        ({"kernel_size": 1 << 40}, "kernel size as 1099511627776; at most 1024"),
+        ({"kernel_size": 1000}, r"conv has shape \[64, 4\] and config.json needs \[64, 1000\]"),
+        ({"branches": 1 << 40}, "branches as 1099511627776; at most 1024"),
+        ({"primes": {"1": [["3"]], "3": [[3]]}}, "primes is 3; it must be a whole number"),
+        ({"primes": {"1": [None], "3": [None]}}, "primes is None; it must be a whole number"),
         ({"primes": {"1": [[3, 5, 7, 11], [13, 17, 19, 23]], "3": [[3, 5, 7, 11], [13, 17, 19, 23]]}}, "503"),
     ],
 )
@@ -174,3 +189,31 @@ def test_four_branches_match_the_reference(copy: Path, mapping: list[int], kind:
             first += stop - start
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours.double(), theirs, atol=2e-5)  # fp32 against float64
+
+
+def test_a_pack_whose_rule_has_other_heads_is_refused_before_anything_of_that_size_is_made(
+    tiny_llama_folder: Path, copy: Path
+) -> None:
+    content = json.loads((copy / "config.json").read_text())
+    names = ("layer_ids", "max_ngram_size", "n_head_per_ngram", "engram_vocab_size", "pad_id", "seed")
+    rule = {name: content[name] for name in (*names, "compressed_vocab_size")}
+    change_config(copy, rule=rule, n_head_per_ngram=1 << 40)
+    with pytest.raises(PackError, match="1099511627776 heads per n-gram; its rule has 4"):
+        opened(tiny_llama_folder, copy)
+
+
+def test_a_config_that_nests_without_end_is_refused(copy: Path) -> None:
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(PackError, match="not valid JSON: it nests deeper than 64 levels"):
+        read_memory(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64])
+def test_modules_of_a_type_that_no_module_has_are_refused(
+    tiny_llama_folder: Path, copy: Path, dtype: torch.dtype
+) -> None:
+    modules = load_file(copy / "modules.safetensors")
+    modules["layers.1.conv"] = modules["layers.1.conv"].to(dtype)
+    save_file(modules, copy / "modules.safetensors")
+    with pytest.raises(PackError, match=f"layers.1.conv is {dtype}"):
+        opened(tiny_llama_folder, copy)

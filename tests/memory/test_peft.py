@@ -90,6 +90,12 @@ def lose_a_norm(folder: Path) -> None:
     save_file(weights, folder / "engram_adapters.safetensors")
 
 
+def unlike_norms(folder: Path) -> None:
+    weights = load_file(folder / "engram_adapters.safetensors")
+    weights["2.gating.norm_h.1.weight"] = torch.ones(3)
+    save_file(weights, folder / "engram_adapters.safetensors")
+
+
 def add_lora(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
@@ -119,6 +125,7 @@ def change(folder: Path, **values: Any) -> None:
     ("harm", "words"),
     [
         (lose_a_norm, "lacks the tensor 2.gating.norm_h.1.weight"),
+        (unlike_norms, "the tensors of layer 2 do not go together"),
         (add_lora, "LoRA weights beside the memory"),
         (only_a_pickle, "engram_weights.pt, which this server does not unpickle"),
         (another_width, "hidden size of 32 and the model has 24"),

@@ -29,6 +29,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
 
 
 def written(folder: Path, values: dict[str, Any]) -> str:
@@ -137,6 +138,17 @@ def test_deepseeks_two_mscales_become_one_attention_factor() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, BrokenModel, ["lacks factor"]),
         ({"rope_scaling": [1]}, BrokenModel, ["[1]"]),
         ({"eos_token_id": "x"}, BrokenModel, ["eos_token_id", "'x'"]),
+        ({"eos_token_id": 1 << 63}, BrokenModel, ["eos_token_id", "9223372036854775808"]),
+        ({"architectures": 7}, BrokenModel, ["architectures = 7", "list of names"]),
+        ({"architectures": ["a\nb"]}, UnsupportedModel, ["a b"]),
+        ({"hidden_act": ["silu"]}, UnsupportedModel, ["['silu']"]),
+        ({"quantization_config": [1]}, UnsupportedModel, ["unnamed"]),
+        ({"hidden_size": 10**400}, BrokenModel, ["hidden_size", "9223372036854775807"]),
+        ({"rms_norm_eps": 10**400}, BrokenModel, ["rms_norm_eps", "1e+30"]),
+        ({"rms_norm_eps": float("nan")}, BrokenModel, ["rms_norm_eps", "nan"]),
+        ({**QWEN, "max_window_layers": "1"}, BrokenModel, ["max_window_layers = '1'"]),
+        ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, BrokenModel, ["rope_theta is 1.0"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e308}}, BrokenModel, ["beta_fast"]),
     ],
 )
 def test_a_config_we_cannot_serve_is_refused_in_one_line(
@@ -180,9 +192,16 @@ def test_a_folder_without_a_config_and_a_config_that_is_no_json_are_told_apart(t
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BrokenModel, match="no JSON"):
         open_source(str(tmp_path))
-    (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(BrokenModel, match="no JSON"):
-        open_source(str(tmp_path))
+    for nested in ("[" * 100_000, '{"eos_token_id": ' + "[" * 70 + "]" * 70 + "}"):
+        (tmp_path / "config.json").write_text(nested)
+        with pytest.raises(BrokenModel, match="no JSON: it nests deeper than 64 levels"):
+            open_source(str(tmp_path))
+
+
+def test_a_template_that_is_no_text_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(BrokenModel, match=r"chat_template\.jinja is no UTF-8 text"):
+        open_source(written(tmp_path, SHAPE))
 
 
 def test_a_template_file_wins_over_the_tokenizer_config(tmp_path: Path) -> None:
@@ -262,6 +281,12 @@ def test_llama_3_rope_divisors_are_recognised(tmp_path: Path) -> None:
 def test_other_rope_divisors_are_refused(tmp_path: Path) -> None:
     divisors = llama3_divisors(THETA, 32.0) * np.float32(1.01)
     with pytest.raises(UnsupportedModel, match="rotary"):
+        open_source(str(tiny_gguf(tmp_path / "a.gguf", tensors={"rope_freqs.weight": divisors})))
+
+
+def test_rope_divisors_that_are_no_list_are_broken(tmp_path: Path) -> None:
+    divisors = np.ones((2, 4), np.float32)
+    with pytest.raises(BrokenModel, match=r"rope_freqs.weight of shape \[2, 4\]"):
         open_source(str(tiny_gguf(tmp_path / "a.gguf", tensors={"rope_freqs.weight": divisors})))
 
 

@@ -199,6 +199,7 @@ def test_user_defined_tokens_are_whole_but_not_special(trained: Trained) -> None
     [
         ({"tokenizer.ggml.model": "llama"}, UnsupportedModel, ["'llama'", "folder"]),
         ({"tokenizer.ggml.pre": "tekken"}, UnsupportedModel, ["'tekken'", "smollm"]),
+        ({"tokenizer.ggml.pre": ["smollm"]}, UnsupportedModel, ["['smollm']"]),
         ({"tokenizer.ggml.merges": None}, BrokenModel, ["lacks tokenizer.ggml.merges"]),
         ({"tokenizer.ggml.merges": ["a zebra"]}, BrokenModel, ["merges"]),
         ({"tokenizer.ggml.merges": [1, 2]}, BrokenModel, ["merges"]),
@@ -212,3 +213,25 @@ def test_a_gguf_tokenizer_we_cannot_build_is_refused_in_one_line(
         backend_from_gguf(metadata_of(trained, "smollm", **more), Path("a.gguf"))
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("token", ["a b", "$B:x"])
+def test_a_first_token_that_no_template_can_hold_is_refused(trained: Trained, token: str) -> None:
+    metadata = metadata_of(trained, "llama-bpe")
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], token]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 3]
+    metadata["tokenizer.ggml.bos_token_id"] = len(metadata["tokenizer.ggml.tokens"]) - 1
+    with pytest.raises(BrokenModel, match="begins texts with"):
+        backend_from_gguf(metadata, Path("a.gguf"))
+
+
+def test_a_first_token_below_none_is_left_out(trained: Trained) -> None:
+    metadata = metadata_of(trained, "llama-bpe") | {"tokenizer.ggml.bos_token_id": -1_000_000}
+    tokenizer = Tokenizer(backend_from_gguf(metadata, Path("a.gguf")), ())
+    assert tokenizer.encode("a", add_special_tokens=True) == tokenizer.encode("a")
+
+
+def test_a_text_that_needs_a_token_which_is_not_there_is_refused_in_one_line() -> None:
+    backend = tokenizers.Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(BrokenModel, match="cannot read this text"):
+        Tokenizer(backend, ()).encode("b")

@@ -220,3 +220,11 @@ def test_a_truncated_gguf_says_how_much_is_missing(tmp_path: Path, smollm2: Mode
     with pytest.raises(BrokenModel, match="truncated") as caught:
         open_source(str(part))
     assert str(8 << 20) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_lacks_layers_is_refused_before_a_model_of_them_is_built(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3000}))
+    with pytest.raises(BrokenModel, match=r"lacks the tensor model\.layers\.2\."):
+        tensors(open_source(str(tmp_path)), torch.float32)  # no tensor is asked for

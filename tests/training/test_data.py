@@ -10,6 +10,7 @@ import pytest
 
 from server.errors import PackError
 from server.training.data import Example, epoch_batches, pieces_of, read_examples
+from server.training.recall import read_facts
 
 
 def encode(text: str) -> list[int]:
@@ -38,7 +39,9 @@ def test_data_that_holds_nothing_to_learn_is_refused(tmp_path: Path, content: st
         read_examples(path, encode, 2, 64)
 
 
-@pytest.mark.parametrize("line", ["no JSON", '{"prompt": "a"}', '{"prompt": 1, "completion": "b"}', "[1]"])
+@pytest.mark.parametrize(
+    "line", ["no JSON", '{"prompt": "a"}', '{"prompt": 1, "completion": "b"}', "[1]", "[" * 100_000]
+)
 def test_a_misshapen_line_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
@@ -75,3 +78,11 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_an_example_counts_what_is_learnt() -> None:
     assert Example(np.arange(7), 3).labels == 4
+
+
+def test_facts_that_are_no_text_or_nest_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    for content, words in [(b"\xff", "no readable UTF-8 text"), (b"[" * 100_000, "line 1 is no")]:
+        path.write_bytes(content)
+        with pytest.raises(PackError, match=words):
+            read_facts(path)

@@ -5,12 +5,12 @@ Read from each pack's config.json, torch-free. Knows folders; nothing of tables 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.errors import Conflict, NotFound, RequestError
+from server.errors import Conflict, NotFound, PackError, RequestError
+from server.json_text import parsed
 from server.memory.identity import content_key
 
 
@@ -25,7 +25,13 @@ class AttachedFolder:
 
     @classmethod
     def of(cls, name: str, folder: Path) -> AttachedFolder:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        """Raises PackError for a folder without a config."""
+        try:
+            config = parsed((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PackError(f"{folder} is no memory pack: its config.json cannot be read: {error}") from None
+        if not isinstance(config, dict):
+            raise PackError(f"{folder}/config.json holds a {type(config).__name__}; a config is needed")
         return cls(name, folder.resolve(), content_key(folder), config)
 
     @property

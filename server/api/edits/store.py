@@ -24,11 +24,16 @@ from typing import Any, Literal
 import numpy as np
 
 from server.errors import SettingsError
+from server.json_text import parsed
 from server.memory.edits import Cell, EditedRows
 
 Kind = Literal["fact", "redirect"]
 Status = Literal["queued", "running", "done", "failed"]
 FORMAT = 1
+ASKED: Mapping[Kind, tuple[str, ...]] = {
+    "fact": ("prompt", "completion"),
+    "redirect": ("from", "to", "mode", "occurrence"),
+}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS edits (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, kind TEXT NOT NULL,
@@ -79,8 +84,21 @@ class EditStore:
             self._db.executescript(SCHEMA)
             self._db.execute(f"PRAGMA user_version = {FORMAT}")
             self._db.execute("UPDATE edits SET status = 'queued' WHERE status = 'running'")
-        except (OSError, sqlite3.Error) as error:
+            self._check()
+        except (OSError, sqlite3.Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise SettingsError(f"--edits-db {path} cannot be used: {error}") from None
+
+    def _check(self) -> None:
+        """Reads everything once: a damaged file is refused at the start, not in the midst of serving."""
+        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise ValueError(found)
+        for edit in self.all():
+            if not all(isinstance(edit.asked[name], str) for name in ASKED[edit.kind]):
+                raise ValueError(f"edit {edit.id} does not say what was asked")
+        for tenant in self.tenants():
+            self.edited(tenant)
+        self.audit(-1)
 
     def close(self) -> None:
         self._db.close()
@@ -167,7 +185,8 @@ class EditStore:
         )
         found: dict[str, dict[Cell, EditedRows]] = {}
         for edit, pack, layer, dim, ids, values in self._db.execute(query, (tenant,)):
-            rows = EditedRows(np.frombuffer(ids, "<i8").copy(), np.frombuffer(values, "<f4").reshape(-1, dim).copy())
+            read = np.frombuffer(ids, "<i8").copy()
+            rows = EditedRows(read, np.frombuffer(values, "<f4").reshape(len(read), dim).copy())
             found.setdefault(edit, {})[pack, layer] = rows
         return list(found.items())
 
@@ -176,7 +195,7 @@ class EditStore:
         query = "SELECT at, who, what, edit, detail FROM audit ORDER BY number DESC LIMIT ?"
         names = ("at", "who", "what", "edit", "detail")
         return [
-            {**dict(zip(names, line, strict=True)), "detail": json.loads(line[4])}
+            {**dict(zip(names, line, strict=True)), "detail": parsed(line[4])}
             for line in self._db.execute(query, (most,))
         ]
 
@@ -206,4 +225,4 @@ class EditStore:
     def _edits(self, where: str, *values: str) -> Iterator[StoredEdit]:
         for row in self._db.execute(f"SELECT {COLUMNS} FROM edits {where} ORDER BY number", values):
             fields = dict(zip(COLUMNS.split(", "), row, strict=True))
-            yield StoredEdit(**{**fields, "asked": json.loads(fields["asked"]), "report": json.loads(fields["report"])})
+            yield StoredEdit(**{**fields, "asked": parsed(fields["asked"]), "report": parsed(fields["report"])})

@@ -98,7 +98,8 @@ class EditStore:
                 raise ValueError(f"edit {edit.id} does not say what was asked")
         for tenant in self.tenants():
             self.edited(tenant)
-        self.audit(-1)
+        for (detail,) in self._db.execute("SELECT detail FROM audit"):
+            parsed(detail)
 
     def close(self) -> None:
         self._db.close()

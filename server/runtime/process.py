@@ -85,10 +85,10 @@ def build_runner(settings: Settings, loaded: Loaded) -> Runner:
         window = loaded.memories.window if loaded.memories is not None else 1
         graphs = settings.cuda_graphs == "on"
         memory = device_memory(path, loaded.memories, settings) if path.paged and loaded.memories else None
-        if memory is not None:
-            path.serve_fetches(memory)
         steps = path.build(loaded.model, loaded.attention, memory, **sizes, window=window, graphs=graphs)
-        if steps is None and memory is not None:
+        if memory is not None and steps is not None:
+            path.serve_fetches(memory)
+        elif memory is not None:
             memory.give_up()
     arguments = loaded.model, loaded.attention, loaded.memories
     if steps is None:

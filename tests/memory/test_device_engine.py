@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from kernels import language
+from server.cache import row_reader
+from server.cache.in_place import read_in_place as in_place_of
 from server.cache.row_table import RowTable
 from server.runtime.device_path import DevicePath
 from server.runtime.engine import Engine
@@ -103,6 +105,34 @@ def test_requests_that_see_different_packs_get_the_hosts_tokens_from_hot_rows(ma
     read = [counters for counters in device.stats().memory if counters.layer in (1, 3)]
     assert all(counters.device_hits > 0 and counters.rows == host_rows(host, counters) for counters in read)
     assert looked_up(device) > 100
+
+
+@pytest.mark.parametrize("tier, in_place", [("pinned", True), ("mapped", False)])
+def test_a_prefills_rows_are_read_in_place_where_the_device_can(
+    made: Made, tier: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, read = made(True, placement=(tier,)), list[int]()
+    monkeypatch.setattr(
+        row_reader, "read_in_place", lambda table, ids, *rest: (read.append(len(ids)), in_place_of(table, ids, *rest))
+    )
+    answers(device, [Submit("x", prompts(1)[0], GREEDY, ("a",))])
+    assert bool(read) == in_place
+    assert not in_place or max(read) == len(prompts(1)[0])  # all tokens of the prompt at once
+
+
+def test_where_the_device_cannot_read_a_row_the_host_gathers_and_it_is_noted(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("ptxas failed")
+
+    expected = answers(made(False), submits())
+    monkeypatch.setattr(row_reader, "read_in_place", broken)
+    noted: list[str] = []
+    monkeypatch.setattr(DevicePath, "note", lambda self, note: noted.append(note))
+    device = made(True)
+    assert answers(device, submits()) == expected
+    assert "the host gathers the rows of prefills" in noted[0] and "ptxas failed" in noted[0]
 
 
 def host_rows(host: Engine, of: Any) -> int:
